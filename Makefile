@@ -1,0 +1,39 @@
+# Needs Python 3.11 or later and nothing else: PYTHON= chooses which one. Each version of Python has an environment of
+# its own in .venv/, made at the first use and brought up to date whenever pyproject.toml has changed.
+
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
+VENV := .venv/$(VERSION)
+RUN := $(VENV)/bin/python -m
+
+.PHONY: demo test lint typecheck bench clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
+	$(RUN) bench.demo $(ARGS)
+
+bench: $(VENV)/installed-bench  ## every figure of the README
+	$(RUN) bench $(ARGS)
+
+test: lint typecheck  ## the whole check
+	$(RUN) pytest -n 2 $(ARGS)
+
+lint: $(VENV)/installed-test
+	$(RUN) ruff check
+
+# pyright runs on Node.js, which its package fetches where there is none. Where that fails, the rest goes on.
+typecheck: $(VENV)/installed-test
+	@if $(RUN) pyright --version >/dev/null 2>&1; then \
+	    echo $(RUN) pyright && $(RUN) pyright --pythonpath $(VENV)/bin/python; \
+	else \
+	    echo '*** pyright does not start here: TYPES ARE NOT CHECKED ***' >&2; \
+	fi
+
+$(VENV)/installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv

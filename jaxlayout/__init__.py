@@ -1,0 +1,44 @@
+"""jaxlayout: JAX convolutions in the layouts and forms that are fastest on this machine, by one decorator.
+
+    @auto_layout
+    def predict(params, images): ...
+"""
+
+from jaxlayout.api import AutoLayout, auto_layout
+from jaxlayout.convs import lowerings as _lowerings  # noqa: F401  registers what comes with the package
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import Lowering, register_lowering
+from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.costs.table import CostTable, TableWarning
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
+from jaxlayout.options import Options
+from jaxlayout.report import Explanation
+from jaxlayout.tune import Outcome, TableMiss
+
+__all__ = [
+    "AutoLayout",
+    "Candidate",
+    "ConvDimensionNumbers",
+    "ConvLayout",
+    "ConvSignature",
+    "CostTable",
+    "Explanation",
+    "KernelLayout",
+    "Labelling",
+    "LayoutPolicy",
+    "LayoutTensor",
+    "Lowering",
+    "Options",
+    "Orders",
+    "Outcome",
+    "Plan",
+    "Rule",
+    "TableMiss",
+    "TableWarning",
+    "auto_layout",
+    "register_lowering",
+    "register_rule",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,67 @@
+"""Everything that differs between jax 0.10 and 0.12, and the little of JAX's machinery that is public but raw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import jax
+import jax.extend.core as jex_core
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE
+
+
+def open_jaxpr(jaxpr: Any) -> Any:
+    """The equations of a jaxpr, closed or not (from 0.12 on there is one class for both)."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def consts_of(jaxpr: Any) -> Sequence[Any]:
+    """The constants that go with `open_jaxpr(jaxpr).constvars`."""
+    return getattr(jaxpr, "consts", ())
+
+
+@contextmanager
+def equation_scope(eqn: Any) -> Iterator[None]:
+    """The contexts an equation was made in: mesh, name scopes and source line, for what is bound inside."""
+    name_stack = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=name_stack), eqn.ctx.manager:
+        yield
+
+
+def bind_equation(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any]:
+    """Bind an equation's primitive on other operands, with some of its parameters changed."""
+    params = eqn.params | changed if changed else eqn.params
+    out = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(params))
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def eval_equations(
+    jaxpr: Any, args: Sequence[Any], bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None]
+) -> list[Any]:
+    """Evaluate a jaxpr equation by equation; `bind(eqn, operands)` may give the results, or None for the default."""
+    jaxpr_, env = open_jaxpr(jaxpr), {}
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
+    env.update(zip(jaxpr_.constvars, consts_of(jaxpr), strict=True))
+    env.update(zip(jaxpr_.invars, args, strict=True))
+    for eqn in jaxpr_.eqns:
+        operands = [read(atom) for atom in eqn.invars]
+        with equation_scope(eqn):
+            results = bind(eqn, operands)
+            if results is None:
+                results = bind_equation(eqn, operands)
+        env.update(zip(eqn.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr_.outvars]
+
+
+@cache
+def unspecified_sharding() -> Any:
+    """What a `jit` equation has in place of a sharding where the user gave none."""
+    return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]

@@ -1,0 +1,284 @@
+"""The guards: the rewritten function runs in the original's place only if its numbers agree, its memory is
+within the limit, and it is faster, all seen on the whole compiled functions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlayout.costs.measure import TOLERANCE
+
+MIN_PAIRS, MAX_PAIRS = 7, 25
+TRIAL_SECONDS = 20.0
+"""Time for repeating the two functions, beyond MIN_PAIRS."""
+HOPELESS = 5.0
+"""The rewritten function is not run a second time when its first run takes this many times the original's."""
+TIE_DRAWS = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What was seen of the two whole functions. Times in nanoseconds, memory in bytes."""
+
+    kept: bool
+    """Whether the rewritten function runs."""
+    reason: str
+    cause: str = "time"
+    """What decided: time, numbers, memory, failure, or untried."""
+    original_ns: float | None = None
+    tuned_ns: float | None = None
+    ratio: float | None = None
+    """Median of the paired ratios original / tuned: above 1, the rewritten one is faster."""
+    spread: float | None = None
+    """Half the interquartile range of the ratios."""
+    pairs: int = 0
+    difference: float | None = None
+    """The largest difference between outputs of the two, relative to the output's rms."""
+    original_temp: int | None = None
+    tuned_temp: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any) -> Verdict:
+        """The inverse of `to_json`; ValueError for anything else."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ValueError(f"not a verdict: {error}") from error
+
+
+def accept(
+    original: Callable[..., Sequence[Any]],
+    rewritten: Callable[..., Sequence[Any]],
+    args: Sequence[Any],
+    *,
+    contraction: int,
+    memory_limit: float,
+    timed: bool = True,
+) -> Verdict:
+    """Compile both functions of flat arrays, compare what they give for `args`, and time them in turn.
+
+    `contraction`: products summed along the longest way through the function, for the accuracy bound.
+    `memory_limit`: allowed peak temporary memory relative to the original's.
+    """
+    with ThreadPoolExecutor(2) as pool:
+        compiling = [pool.submit(_compile, f, args) for f in (original, rewritten)]
+        before = compiling[0].result()
+        try:
+            after = compiling[1].result()
+        except Exception as error:
+            return Verdict(kept=False, cause="failure", reason=f"the rewritten function did not compile: {error!r}")
+    old, new = before.memory_analysis(), after.memory_analysis()
+    temps: dict[str, Any] = {}
+    if old is not None and new is not None:
+        temps = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
+        # Where the original has hardly any temporary memory, its arguments and results are the measure.
+        slack = (memory_limit - 1) * (old.argument_size_in_bytes + old.output_size_in_bytes)
+        allowed = max(memory_limit * temps["original_temp"], temps["original_temp"] + slack)
+        if temps["tuned_temp"] > allowed:
+            reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {int(allowed)} are allowed"
+            return Verdict(kept=False, cause="memory", reason=reason, **temps)
+    expected, first = _timed(before, args)
+    try:
+        found, second = _timed(after, args)
+    except Exception as error:
+        return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **temps)
+    eps = max((float(jnp.finfo(x.dtype).eps) for x in expected if jnp.issubdtype(x.dtype, jnp.inexact)), default=0.0)
+    difference, reason = compare(before, args, expected, found, TOLERANCE * eps * math.sqrt(max(1, contraction)))
+    if reason:
+        return Verdict(kept=False, cause="numbers", reason=reason, difference=difference, **temps)
+    temps["difference"] = difference
+    if not timed:
+        return Verdict(kept=True, cause="untried", reason="timing was not asked for", **temps)
+    if second > HOPELESS * max(first, _timed(before, args)[1]):
+        reason = f"its first run took {second / first:.1f} times the original's"
+        return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
+    return _race(before, after, args, temps)
+
+
+def _race(before: Any, after: Any, args: Sequence[Any], seen: dict[str, Any]) -> Verdict:
+    """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test."""
+    olds: list[float] = []
+    news: list[float] = []
+    stop = time.monotonic() + TRIAL_SECONDS
+    ahead = 0
+    inner = 1
+    for n in range(MAX_PAIRS + 1):
+        first, second = (before, after) if n % 2 == 0 else (after, before)
+        times = _sample(first, args, inner), _sample(second, args, inner)
+        old, new = times if n % 2 == 0 else times[::-1]
+        if n == 0:  # warms up, and says how often to repeat
+            inner = max(1, int(1e6 // max(1.0, min(times))))
+            continue
+        olds.append(old)
+        news.append(new)
+        wins = sum(a > b for a, b in zip(olds, news, strict=True))
+        margin = 0.82 * math.sqrt(n)
+        ahead = 1 if wins > n / 2 + margin else -1 if wins < n / 2 - margin else 0
+        if n >= MIN_PAIRS and (ahead or time.monotonic() > stop):
+            break
+    ratios = [a / b for a, b in zip(olds, news, strict=True)]
+    quarters = statistics.quantiles(ratios, n=4)
+    ratio = statistics.median(ratios)
+    kept = ahead > 0 and ratio > 1.0
+    words = "faster" if kept else "not faster" if ahead >= 0 else "slower"
+    return Verdict(
+        kept=kept,
+        reason=f"{words}: {ratio:.2f}x over {len(ratios)} pairs",
+        original_ns=statistics.median(olds),
+        tuned_ns=statistics.median(news),
+        ratio=ratio,
+        spread=(quarters[2] - quarters[0]) / 2,
+        pairs=len(ratios),
+        **seen,
+    )
+
+
+def compare(
+    original: Callable[..., Sequence[Any]],
+    args: Sequence[Any],
+    expected: Sequence[Any],
+    found: Sequence[Any],
+    tolerance: float,
+) -> tuple[float, str]:
+    """The largest relative difference of floating-point outputs, and why the outputs do not agree ('' if they do).
+
+    Floating-point outputs agree within `tolerance` of their rms, or within what the original itself moves by
+    when its inputs are rounded differently (four times the largest of three draws), and have NaN and Inf in the
+    same places. Other outputs are equal, except where the original's own answer changes under such draws: an
+    argmax on a tie has no one answer.
+    """
+    draws: list[Sequence[Any]] = []
+
+    def noise() -> list[Sequence[Any]]:
+        if not draws:
+            draws.extend(original(*_rounded(args, seed)) for seed in range(TIE_DRAWS))
+        return draws
+
+    worst = 0.0
+    for i, (a, b) in enumerate(zip(expected, found, strict=True)):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return math.inf, f"output {i} is {b.dtype}{b.shape} instead of {a.dtype}{a.shape}"
+        if not jnp.issubdtype(a.dtype, jnp.inexact):
+            x, y = _plain(a), _plain(b)
+            if np.array_equal(x, y):
+                continue
+            tied = np.zeros(x.shape, bool)
+            for draw in noise():
+                tied |= _plain(draw[i]) != x
+            if np.any((x != y) & ~tied):
+                return math.inf, f"output {i} ({a.dtype}) differs where the original has no tie"
+            continue
+        x, y = _wide(a), _wide(b)
+        apart = _apart(x, y)
+        worst = max(worst, apart)
+        if apart > tolerance and not apart <= 4 * max(_apart(x, _wide(draw[i])) for draw in noise()):
+            return worst, f"output {i} differs by {apart:.2g} of its rms, {tolerance:.2g} is allowed"
+    return worst, ""
+
+
+def _apart(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest difference relative to the rms of x; infinite where NaN or Inf are in other places."""
+    finite = np.isfinite(x)
+    if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    rms = float(np.sqrt(np.mean(np.abs(x[finite]) ** 2)))
+    return float(np.max(np.abs(x - y)[finite])) / (rms or 1.0)
+
+
+def _wide(array: Any) -> np.ndarray:
+    kind = np.complex128 if jnp.issubdtype(array.dtype, jnp.complexfloating) else np.float64
+    return np.asarray(array).astype(kind)
+
+
+def _plain(array: Any) -> np.ndarray:
+    keys = jnp.issubdtype(array.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(array) if keys else array)
+
+
+def _rounded(args: Sequence[Any], seed: int) -> list[Any]:
+    """The arguments, every floating-point number moved by a last place up or down at random."""
+    rng = np.random.default_rng(seed)
+
+    def one(x: Any) -> Any:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        array = np.asarray(x)
+        eps = float(jnp.finfo(x.dtype).eps)
+        moved = array.astype(np.float64) * (1 + eps * rng.choice((-1.0, 1.0), array.shape))
+        return jax.device_put(moved.astype(array.dtype), x.sharding)
+
+    return list(map(one, args))
+
+
+def _compile(function: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Any:
+    return jax.jit(function, keep_unused=True).lower(*args).compile()
+
+
+def _timed(compiled: Any, args: Sequence[Any]) -> tuple[Sequence[Any], float]:
+    start = time.perf_counter_ns()
+    out = jax.block_until_ready(compiled(*args))
+    return out, float(time.perf_counter_ns() - start)
+
+
+def _sample(compiled: Any, args: Sequence[Any], inner: int) -> float:
+    start = time.perf_counter_ns()
+    for _ in range(inner):
+        out = compiled(*args)
+    jax.block_until_ready(out)
+    return (time.perf_counter_ns() - start) / inner
+
+
+def draw_arguments(avals: Sequence[Any], run: Callable[..., Sequence[Any]]) -> list[Any] | None:
+    """Made-up arguments under which a function's outputs are alive: floating-point outputs finite and not all
+    the same. None where no draw gives that: such outputs would prove nothing."""
+    for draw in (_weights, _normal, _positive):
+        rng = np.random.default_rng(0)
+        args = [_argument(rng, aval, draw) for aval in avals]
+        if _alive(run(*args)):
+            return args
+    return None
+
+
+def _weights(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """As a network has them: vectors (scales, variances) near 1, arrays that keep the size of what they meet."""
+    if len(shape) < 2:
+        return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+    return rng.standard_normal(shape, np.float32) / math.prod(shape[:-1]) ** 0.5
+
+
+def _normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """For logarithms, square roots and the like."""
+    return rng.uniform(0.5, 1.5, shape).astype(np.float32)
+
+
+def _argument(rng: np.random.Generator, aval: Any, draw: Callable[..., np.ndarray]) -> Any:
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        keys = jax.random.split(jax.random.key(0, impl=jax.random.key_impl(aval)), max(1, math.prod(aval.shape)))
+        return keys[: math.prod(aval.shape)].reshape(aval.shape)
+    if jnp.issubdtype(aval.dtype, jnp.inexact):
+        return jax.device_put(draw(rng, aval.shape).astype(aval.dtype))
+    return jax.device_put(rng.integers(0, 2, aval.shape).astype(aval.dtype))
+
+
+def _alive(outs: Sequence[Any]) -> bool:
+    floats = [_wide(x) for x in outs if jnp.issubdtype(x.dtype, jnp.inexact) and x.size > 1]
+    return all(np.isfinite(x).all() and np.ptp(np.abs(x)) > 0 for x in floats)

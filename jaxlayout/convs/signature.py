@@ -1,0 +1,168 @@
+"""`ConvSignature`: what a convolution computes, free of dimension order and of where it stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jax import lax
+
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+
+Context = Literal["entry", "nested"]
+"""Where a convolution is compiled: in the entry computation, or in a loop body, branch or called computation,
+which XLA's CPU backend lays out differently."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvSignature:
+    """Equal signatures compute the same thing at the same cost and are measured once. Sizes in elements."""
+
+    batch: int
+    in_features: int
+    out_features: int
+    spatial: tuple[int, ...]
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: tuple[int, ...]
+    rhs_dilation: tuple[int, ...]
+    feature_groups: int = 1
+    batch_groups: int = 1
+    lhs_dtype: np.dtype
+    rhs_dtype: np.dtype
+    preferred_element_type: np.dtype | None = None
+    precision: Any = None
+    context: Context = "entry"
+
+    @classmethod
+    def of(cls, lhs: Any, rhs: Any, params: Mapping[str, Any], context: Context = "entry") -> ConvSignature:
+        """Of a `conv_general_dilated` (or `tuned_conv`) equation: `lhs` and `rhs` have shape and dtype."""
+        numbers = params["dimension_numbers"]
+        batch, in_features, *spatial = (lhs.shape[i] for i in numbers.lhs_spec)
+        out_features, _, *kernel = (rhs.shape[i] for i in numbers.rhs_spec)
+        preferred = params["preferred_element_type"]
+        return cls(
+            batch=batch,
+            in_features=in_features,
+            out_features=out_features,
+            spatial=tuple(spatial),
+            kernel=tuple(kernel),
+            strides=tuple(params["window_strides"]),
+            padding=tuple((lo, hi) for lo, hi in params["padding"]),
+            lhs_dilation=tuple(params["lhs_dilation"]),
+            rhs_dilation=tuple(params["rhs_dilation"]),
+            feature_groups=params["feature_group_count"],
+            batch_groups=params["batch_group_count"],
+            lhs_dtype=np.dtype(lhs.dtype),
+            rhs_dtype=np.dtype(rhs.dtype),
+            preferred_element_type=None if preferred is None else np.dtype(preferred),
+            precision=params["precision"],
+            context=context,
+        )
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The keywords of `jax.lax.conv_general_dilated` that do not depend on the order."""
+        return {
+            "window_strides": self.strides,
+            "padding": self.padding,
+            "lhs_dilation": self.lhs_dilation,
+            "rhs_dilation": self.rhs_dilation,
+            "feature_group_count": self.feature_groups,
+            "batch_group_count": self.batch_groups,
+            "precision": self.precision,
+            "preferred_element_type": self.preferred_element_type,
+        }
+
+    @property
+    def key(self) -> str:
+        """Canonical text, the key in the cost table."""
+        return (
+            f"lhs={self.batch}x{self.in_features}{list(self.spatial)}{self.lhs_dtype} "
+            f"rhs={self.out_features}{list(self.kernel)}{self.rhs_dtype} stride={list(self.strides)} "
+            f"pad={[list(p) for p in self.padding]} dilate={list(self.lhs_dilation)}{list(self.rhs_dilation)} "
+            f"groups={self.feature_groups},{self.batch_groups} precision={self.precision} "
+            f"to={self.preferred_element_type} in={self.context}"
+        )
+
+    @property
+    def rank(self) -> int:
+        """How many spatial axes."""
+        return len(self.spatial)
+
+    @property
+    def out_dtype(self) -> np.dtype:
+        """The dtype of out."""
+        return self.preferred_element_type or self.lhs_dtype
+
+    @property
+    def out_spatial(self) -> tuple[int, ...]:
+        """The spatial sizes of out."""
+
+        def dilated(size: int, dilation: int) -> int:
+            return 0 if size == 0 else (size - 1) * dilation + 1
+
+        window = [dilated(k, d) for k, d in zip(self.kernel, self.rhs_dilation, strict=True)]
+        base = [
+            dilated(s, d) + lo + hi
+            for s, d, (lo, hi) in zip(self.spatial, self.lhs_dilation, self.padding, strict=True)
+        ]
+        return tuple(
+            max(0, (b - w) // s + 1) for b, w, s in zip(base, window, self.strides, strict=True)
+        )
+
+    @property
+    def kernel_features(self) -> int:
+        """Input features of one group: the kernel's I."""
+        return self.in_features // self.feature_groups
+
+    @property
+    def is_depthwise(self) -> bool:
+        """One input feature for each group (any channel multiplier)."""
+        return self.feature_groups == self.in_features > 1 and self.batch_groups == 1
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Every output element reads one input position: a 1x1 kernel without padding or lhs dilation."""
+        return (
+            math.prod(self.kernel) == 1
+            and not any(lo or hi for lo, hi in self.padding)
+            and all(d == 1 for d in self.lhs_dilation)
+        )
+
+    @property
+    def contraction(self) -> int:
+        """How many products are summed into one output element, K."""
+        return self.kernel_features * math.prod(self.kernel)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the convolution as written."""
+        return math.prod(self.out_shape(ConvLayout.channels_last(self.rank))) * self.contraction
+
+    def lhs_shape(self, layout: ConvLayout) -> tuple[int, ...]:
+        """The shape of lhs in a layout."""
+        return self._shape(layout.axes, N=self.batch, C=self.in_features, spatial=self.spatial)
+
+    def rhs_shape(self, layout: KernelLayout) -> tuple[int, ...]:
+        """The shape of rhs in a layout."""
+        return self._shape(layout.axes, O=self.out_features, I=self.kernel_features, spatial=self.kernel)
+
+    def out_shape(self, layout: ConvLayout) -> tuple[int, ...]:
+        """The shape of out in a layout."""
+        batch = self.batch // self.batch_groups
+        return self._shape(layout.axes, N=batch, C=self.out_features, spatial=self.out_spatial)
+
+    def _shape(self, axes: str, *, spatial: tuple[int, ...], **sizes: int) -> tuple[int, ...]:
+        names = ConvLayout.channels_last(self.rank).spatial
+        sizes |= dict(zip(names, spatial, strict=True))
+        return tuple(sizes[a] for a in axes)
+
+
+def written_order(params: Mapping[str, Any]) -> ConvDimensionNumbers:
+    """The layouts in which an equation has its operands and result."""
+    return ConvDimensionNumbers.from_lax(params["dimension_numbers"])

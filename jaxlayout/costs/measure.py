@@ -1,0 +1,327 @@
+"""The measurement engine: candidates of one job are compiled in parallel, checked against a float64
+reference, and timed one after another in interleaved rounds; what cannot win is dropped early. A candidate
+that fails is a record, never an exception.
+
+It knows nothing of graphs and plans: a job is a convolution or a transpose with its alternatives.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import evaluate, lowerings
+from jaxlayout.convs.reference import reference
+from jaxlayout.convs.signature import Context, ConvSignature
+from jaxlayout.costs.measurement import Measurement
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
+from jaxlayout.layout.order import permuted
+
+TOLERANCE = 3.0
+"""c of the accuracy bound c*eps*sqrt(K). Rounding after each of K additions is a random walk with standard
+deviation 0.35*eps*sqrt(K) of the result's rms; five of those, the largest among a million outputs, are
+1.8*eps*sqrt(K); rounding an output as large as five rms adds 2.5*eps. Together, in square, about 3."""
+
+REFERENCE_MACS = 2 * 10**10
+"""The reference is computed for as many images as this many multiply-adds allow (about a second)."""
+
+LOOP = 2
+"""Trip count of the loop in which candidates for a nested context are timed: the least that XLA keeps a loop."""
+
+ROUNDS, MIN_ROUNDS = 9, 3
+CANDIDATE_SECONDS = 0.35
+"""Time spent on repeating one candidate, beyond MIN_ROUNDS."""
+SLOW = 1.5
+"""A candidate this many times slower than the best after MIN_ROUNDS is dropped, twice this after one."""
+MIN_SAMPLE_NS = 200_000
+"""A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Alternatives to be timed against each other: functions of the same arrays, in orders of their own."""
+
+    key: str
+    """What is computed, the key in the table."""
+    alternatives: Mapping[str, Callable[..., Any]]
+    """By id, the first is the one written in the program; physical arrays in, one array out."""
+    inputs: Callable[[], tuple[Callable[[str], tuple[np.ndarray, ...]], Callable[[str, Any], float] | None]]
+    """Draws the inputs: gives the arrays for an alternative, and the error of its output (or None)."""
+    bound: Callable[[float], float] = lambda written: np.inf
+    """The error allowed, given that of the one written."""
+    context: Context = "entry"
+
+
+def candidate_id(candidate: Candidate) -> str:
+    """The key of a candidate in the table: with its lowering's version, so that a changed one is timed anew."""
+    return f"{candidate.lowering}@{lowerings()[candidate.lowering].version}:{candidate.dims}"
+
+
+def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
+    """The job of timing the candidates of a convolution."""
+
+    def alternative(way: Candidate) -> Callable[..., Any]:
+        return lambda lhs, rhs: evaluate(way.lowering, conv, way.dims, lhs, rhs)
+
+    dims = {candidate_id(way): way.dims for way in ways}
+    last = ConvDimensionNumbers(
+        ConvLayout.channels_last(conv.rank),
+        KernelLayout.io_last(conv.rank),
+        ConvLayout.channels_last(conv.rank),
+    )
+
+    def inputs() -> Any:
+        rng = np.random.default_rng(0)
+        lhs = _random(rng, conv.lhs_shape(last.lhs), conv.lhs_dtype)
+        rhs = _random(rng, conv.rhs_shape(last.rhs), conv.rhs_dtype)
+        images = (
+            max(1, REFERENCE_MACS * conv.batch // max(1, conv.macs)) if conv.batch_groups == 1 else conv.batch
+        )
+        some = replace(conv, batch=min(conv.batch, images))
+        expected = reference(some, lhs[: some.batch], rhs)
+        rms = float(np.sqrt(np.mean(np.abs(expected) ** 2))) if expected.size else 0.0
+
+        def arrays(name: str) -> tuple[np.ndarray, ...]:
+            d = dims[name]
+            return (
+                np.transpose(lhs, d.lhs.permutation_from(last.lhs)),
+                np.transpose(rhs, d.rhs.permutation_from(last.rhs)),
+            )
+
+        def error(name: str, out: Any) -> float:
+            found = np.transpose(np.asarray(out), last.out.permutation_from(dims[name].out))
+            if found.shape[1:] != expected.shape[1:] or found.dtype != conv.out_dtype:
+                return np.inf
+            wide = found[: expected.shape[0]].astype(expected.dtype)
+            worst = float(np.max(np.abs(wide - expected), initial=0.0))
+            return worst / (rms or 1.0) if np.isfinite(worst) else np.inf
+
+        return arrays, error
+
+    eps = float(jnp.finfo(conv.out_dtype).eps) if jnp.issubdtype(conv.out_dtype, jnp.inexact) else 0.0
+    allowed = TOLERANCE * eps * max(1, conv.contraction) ** 0.5
+    return Job(
+        conv.key,
+        {candidate_id(way): alternative(way) for way in ways},
+        inputs,
+        lambda written: max(2 * written if np.isfinite(written) else 0.0, allowed),
+        conv.context,
+    )
+
+
+def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context: Context) -> Job:
+    """The job of timing one transpose of a physical array."""
+
+    def inputs() -> Any:
+        array = _random(np.random.default_rng(0), tuple(shape), dtype)
+        return lambda name: (array,), None
+
+    return Job(
+        transpose_key(shape, dtype, permutation, context),
+        {"transpose": lambda x: lax.transpose(x, permutation)},
+        inputs,
+        context=context,
+    )
+
+
+def transpose_key(shape: Sequence[int], dtype: Any, permutation: Order, context: Context) -> str:
+    """The key of a transpose in the table."""
+    return f"transpose={list(shape)}{dtype} by={list(permutation)} in={context}"
+
+
+def coalesced(shape: Sequence[int], permutation: Order) -> tuple[tuple[int, ...], Order]:
+    """The same transpose with unit axes dropped and axes that stay neighbours merged: one key for many."""
+    groups: list[list[int]] = []
+    for axis in (a for a in permutation if shape[a] != 1):
+        between = range(groups[-1][-1] + 1, axis) if groups else ()
+        if groups and axis > groups[-1][-1] and all(shape[b] == 1 for b in between):
+            groups[-1].append(axis)
+        else:
+            groups.append([axis])
+    ranked = sorted(groups)
+    sizes = tuple(int(np.prod([shape[a] for a in group])) for group in ranked)
+    return sizes, tuple(ranked.index(group) for group in groups)
+
+
+def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Ordinary numbers of a dtype; small ones where it is an integer, so that sums stay exact."""
+    if jnp.issubdtype(dtype, jnp.integer) or dtype == np.bool_:
+        return rng.integers(0 if dtype.kind in "ub" else -3, 4, shape).astype(dtype)
+    out = rng.standard_normal(shape, np.float32)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        out = out + 1j * rng.standard_normal(shape, np.float32)
+    return out.astype(dtype)
+
+
+@dataclass(slots=True)
+class _Trial:
+    """A candidate under way."""
+
+    run: Callable[[], Any]
+    temp_bytes: int | None
+    program: str
+    samples: list[float] = field(default_factory=list)
+    error: float | None = None
+    inner: int = 1
+    status: Any = "ok"
+    detail: str = ""
+
+    def sample(self) -> None:
+        start = time.perf_counter_ns()
+        for _ in range(self.inner):
+            out = self.run()
+        jax.block_until_ready(out)
+        self.samples.append((time.perf_counter_ns() - start) / self.inner)
+
+    def measurement(self, per_run: int) -> Measurement:
+        timed = [s / per_run for s in self.samples]
+        half = statistics.quantiles(timed, n=4) if len(timed) > 1 else None
+        return Measurement(
+            status=self.status,
+            median_ns=statistics.median(timed) if timed else None,
+            spread_ns=(half[2] - half[0]) / 2 if half else None,
+            runs=len(timed),
+            error=self.error,
+            temp_bytes=self.temp_bytes,
+            program=self.program,
+            detail=self.detail,
+        )
+
+
+def measure(
+    job: Job, *, device: Any = None, memory_bytes: int | None = None, relax: float = 1.0
+) -> dict[str, Measurement]:
+    """Compile, check and time a job's alternatives on `device`. Takes as long as it takes (about half a second
+    for each alternative that stays in the race); one process of a machine should be here at a time.
+
+    `memory_bytes`: a candidate with more temporary memory is not run. `relax`: multiplies the error allowed.
+    """
+    device = device or jax.devices()[0]
+    arrays, error_of = job.inputs()
+    on_device: dict[bytes, Any] = {}
+
+    def put(array: np.ndarray) -> Any:
+        key = repr((array.shape, array.strides)).encode() + array.dtype.str.encode() + bytes([array.ndim])
+        if key not in on_device:
+            on_device[key] = jax.device_put(np.ascontiguousarray(array), device)
+        return on_device[key]
+
+    records: dict[str, Measurement] = {}
+    with ThreadPoolExecutor(2) as pool:
+        compiling = {
+            name: pool.submit(_compile, function, tuple(map(put, arrays(name))), job.context)
+            for name, function in job.alternatives.items()
+        }
+        trials: dict[str, _Trial] = {}
+        for name, future in compiling.items():
+            try:
+                trials[name] = future.result()
+            except Exception as error:  # whatever a lowering or the compiler raises is its result
+                records[name] = _failure("failed", repr(error))
+    same: dict[str, str] = {}
+    first: dict[str, str] = {}
+    allowed = relax * job.bound(0.0)
+    for name, trial in list(trials.items()):
+        if memory_bytes is not None and (trial.temp_bytes or 0) > memory_bytes:
+            needs = f"needs {trial.temp_bytes} bytes of temporary memory, {memory_bytes} are allowed"
+            records[name] = _failure("memory", needs, trial)
+            del trials[name]
+            continue
+        if trial.program in first:
+            same[name] = first[trial.program]
+            del trials[name]
+            continue
+        try:
+            start = time.perf_counter_ns()
+            out = jax.block_until_ready(trial.run())
+            took = time.perf_counter_ns() - start
+            if error_of is not None:
+                trial.error = error_of(name, out if job.context == "entry" else out[-1])
+        except Exception as error:
+            records[name] = _failure("failed", repr(error), trial)
+            del trials[name]
+            continue
+        if name == next(iter(job.alternatives)) and trial.error is not None:
+            allowed = relax * job.bound(trial.error)
+        if trial.error is not None and trial.error > allowed:
+            records[name] = _failure("wrong", f"error {trial.error:.3g}, allowed {allowed:.3g}", trial)
+            del trials[name]
+            continue
+        first[trial.program] = name
+        trial.inner = max(1, int(MIN_SAMPLE_NS // max(1, took)))
+    _race(list(trials.values()))
+    per_run = 1 if job.context == "entry" else LOOP
+    records |= {name: trial.measurement(per_run) for name, trial in trials.items()}
+    records |= {name: records[other] for name, other in same.items()}
+    return {name: records[name] for name in job.alternatives}
+
+
+def _race(trials: list[_Trial]) -> None:
+    """Interleaved rounds; the order turns from round to round, losers drop out."""
+    running = trials
+    for round_ in range(ROUNDS):
+        for trial in running if round_ % 2 == 0 else running[::-1]:
+            if round_ < MIN_ROUNDS or sum(trial.samples) * trial.inner < CANDIDATE_SECONDS * 1e9:
+                trial.sample()
+        if round_ in (0, MIN_ROUNDS - 1):
+            best = min((min(trial.samples) for trial in running), default=0.0)
+            margin = 2 * SLOW if round_ == 0 else SLOW
+            for trial in running:
+                if min(trial.samples) > margin * best:
+                    trial.status, trial.detail = (
+                        "slow",
+                        f"over {margin} times the best after {round_ + 1} rounds",
+                    )
+            running = [trial for trial in running if trial.status == "ok"]
+
+
+def _compile(function: Callable[..., Any], args: Sequence[Any], context: Context) -> _Trial:
+    if context == "entry":
+        compiled = jax.jit(function).lower(*args).compile()
+    else:
+        args = [jnp.stack([x] * LOOP) for x in args]
+
+        def loop(*stacked: Any) -> Any:
+            return lax.scan(lambda _, each: (None, function(*each)), None, stacked)[1]
+
+        compiled = jax.jit(loop).lower(*args).compile()
+    memory = compiled.memory_analysis()
+    return _Trial(
+        run=lambda: compiled(*args),
+        temp_bytes=getattr(memory, "temp_size_in_bytes", None),
+        program=program_hash(compiled),
+    )
+
+
+def program_hash(compiled: Any) -> str:
+    """A hash of a compiled program without what does not matter: source lines, scope names, its own name."""
+    text = compiled.as_text() or ""
+    text = re.sub(r", metadata=\{[^{}]*\}", "", text)
+    text = re.sub(r"^HloModule [^,\s]+", "", text)
+    text = re.sub(r"(?ms)^FileNames$.*?(?=^(?:ENTRY|%))", "", text)
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+
+
+def _failure(status: Any, detail: str, trial: _Trial | None = None) -> Measurement:
+    return Measurement(
+        status=status,
+        median_ns=None,
+        spread_ns=None,
+        runs=0,
+        error=trial and trial.error,
+        temp_bytes=trial and trial.temp_bytes,
+        program=trial.program if trial else "",
+        detail=detail,
+    )

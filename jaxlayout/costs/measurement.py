@@ -1,0 +1,128 @@
+"""`Measurement`: what became of one candidate when it was compiled, checked and timed."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, cast, get_args
+
+Status = Literal["ok", "wrong", "failed", "memory", "slow"]
+
+MAX_NS = 86_400e9
+"""Longest time that is believed, in nanoseconds: one application taking a day is a broken record."""
+MAX_RUNS = 10**9
+MAX_BYTES = 2**60
+MAX_PROGRAM = 256
+"""Longest program hash, in characters."""
+MAX_DETAIL = 2000
+"""Longest explanation kept, in characters: compiler errors can run to megabytes."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """One candidate, measured. A failure is a record like any other, never an exception.
+
+    `status`: "ok"; "wrong", it computes something else; "failed", it does not trace, compile or run;
+    "memory", it needs more than allowed; "slow", dropped early as a clear loser, its time still known.
+    """
+
+    status: Status
+    median_ns: float | None
+    """Nanoseconds of one application."""
+    spread_ns: float | None
+    """Half the interquartile range, in nanoseconds."""
+    runs: int
+    """Timed runs behind the median."""
+    error: float | None
+    """max |out - ref64| / rms(ref64). Infinite where the output has NaN or Inf that the reference has not."""
+    temp_bytes: int | None
+    """Peak temporary memory of the compiled candidate, in bytes."""
+    program: str
+    """Hash of the compiled program, metadata stripped; "" where none was compiled."""
+    detail: str = ""
+    """Why it failed, in words; cut to MAX_DETAIL characters."""
+
+    def __post_init__(self):
+        if self.error is not None and math.isnan(self.error):
+            # NaN compares false with any bound, so `error > bound` would let it pass. Infinity does not.
+            object.__setattr__(self, "error", math.inf)
+        if len(self.detail) > MAX_DETAIL:
+            object.__setattr__(self, "detail", self.detail[: MAX_DETAIL - 4] + " ...")
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values: every field, an infinite error as the string "inf"."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return fields | {"error": "inf" if self.error == math.inf else self.error}
+
+    @classmethod
+    def from_json(cls, value: object) -> "Measurement":
+        """The record that `to_json` wrote. Raises ValueError, saying why, for anything else."""
+        if not isinstance(value, Mapping):
+            raise ValueError(f"a measurement is an object, not {_shown(value)}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        if missing := names - value.keys() - {"detail"}:
+            raise ValueError(f"missing: {', '.join(sorted(missing))}")
+        if unknown := value.keys() - names:
+            raise ValueError(f"unknown fields: {', '.join(_shown(name) for name in list(unknown)[:5])}")
+        status = value["status"]
+        if not isinstance(status, str) or status not in get_args(Status):
+            raise ValueError(f"status is {_shown(status)}, not one of {', '.join(get_args(Status))}")
+        error = value["error"]
+        measurement = cls(
+            status=cast(Status, status),
+            median_ns=_number("median_ns", value["median_ns"], MAX_NS),
+            spread_ns=_number("spread_ns", value["spread_ns"], MAX_NS),
+            runs=cast(int, _integer("runs", value["runs"], MAX_RUNS)),
+            error=math.inf if error == "inf" else _number("error", error, math.inf),
+            temp_bytes=_integer("temp_bytes", value["temp_bytes"], MAX_BYTES, optional=True),
+            program=_text("program", value["program"], MAX_PROGRAM),
+            detail=_text("detail", value.get("detail", ""), MAX_DETAIL),
+        )
+        if measurement.median_ns == 0:
+            raise ValueError("median_ns is 0: nothing takes no time")
+        if status in ("ok", "slow") and (measurement.median_ns is None or measurement.runs < 1):
+            raise ValueError(f"status is {status!r} but there is no median_ns of at least one run")
+        if status in ("ok", "slow") and error == "inf":
+            raise ValueError(f"status is {status!r} but the error is infinite")
+        return measurement
+
+
+def _shown(value: object) -> str:
+    """`repr`, cut short: the value may be hostile and of any size."""
+    if isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and abs(value) >= 2**64:
+        return "a huge integer"
+    text = repr(value[:50] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:56] + " ..."
+
+
+def _number(name: str, value: object, most: float) -> float | None:
+    """None, or a finite float in [0, most]."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is {_shown(value)}, not a number")
+    # Compared before it is converted: float() of a huge integer overflows.
+    if not 0 <= value <= most or value == math.inf or (isinstance(value, int) and value > 2**64):
+        raise ValueError(f"{name} is {_shown(value)}, outside [0, {most:g}]")
+    return float(value)
+
+
+def _integer(name: str, value: object, most: int, optional: bool = False) -> int | None:
+    """An int in [0, most], or None if that is allowed."""
+    if value is None and optional:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is {_shown(value)}, not an integer")
+    if not 0 <= value <= most:
+        raise ValueError(f"{name} is {_shown(value)}, outside [0, {most}]")
+    return value
+
+
+def _text(name: str, value: object, most: int) -> str:
+    """A string of at most `most` characters."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {_shown(value)}, not a string")
+    if len(value) > most:
+        raise ValueError(f"{name} is {len(value)} characters long, more than {most}")
+    return value

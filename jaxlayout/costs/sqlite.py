@@ -1,0 +1,259 @@
+"""The file of the cost table: opening it, reading what can be read, telling what is wrong with it.
+
+What a record means is the concern of `table`; here it is a row of texts. Errors are those of `sqlite3`.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import pathlib
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x6A6C6179  # "jlay", in the file's header: tells our tables from other people's databases
+
+COLUMNS = {
+    "measurements": ("env", "signature", "candidate", "record"),
+    "plans": ("env", "function", "skeleton", "sizes", "payload"),
+}
+KEYS = {"measurements": 3, "plans": 2}
+"""How many of a table's columns, from the left, are its key."""
+
+SCHEMA = f"""
+CREATE TABLE measurements(env TEXT NOT NULL, signature TEXT NOT NULL, candidate TEXT NOT NULL,
+    record TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY(env, signature, candidate));
+CREATE TABLE plans(env TEXT NOT NULL, function TEXT NOT NULL, skeleton TEXT NOT NULL,
+    sizes TEXT NOT NULL, payload TEXT NOT NULL, checksum TEXT NOT NULL, PRIMARY KEY(env, function));
+CREATE INDEX plans_by_skeleton ON plans(env, skeleton);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {SCHEMA_VERSION};
+"""
+
+NETWORK = {
+    "9p",
+    "afs",
+    "beegfs",
+    "ceph",
+    "cifs",
+    "fuse.sshfs",
+    "gpfs",
+    "lustre",
+    "nfs",
+    "nfs4",
+    "smb3",
+    "virtiofs",
+}
+"""File systems that several machines may mount: SQLite's shared memory seems to work there, and does not."""
+
+Row = tuple[str, ...]
+"""The values of one record in the order of COLUMNS, without its checksum."""
+Record = tuple[str, str, Row, object]
+"""A record from elsewhere, not yet validated: what to call it, its table, its values, its checksum."""
+
+logger = logging.getLogger("jaxlayout")
+
+
+class UnusableError(sqlite3.DatabaseError):
+    """Not a cost table of this schema, or one that loses what it is given."""
+
+
+MEMORY = "file::memory:"
+
+
+def connect(
+    uri: str, timeout: float = 0.0, path: pathlib.Path | None = None, salvage: bool = False
+) -> sqlite3.Connection:
+    """A connection to a cost table. `path`: its file, if it may be written; an empty one gets the schema."""
+    connection = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
+    try:
+        # A flipped byte may leave no UTF-8. The checksum refuses that record; an error would stop them all.
+        connection.text_factory = lambda data: data.decode("utf-8", "replace")
+        connection.execute("PRAGMA trusted_schema = OFF")  # merge() opens files from elsewhere
+        if salvage:
+            connection.execute("PRAGMA writable_schema = ON")  # or SQLite refuses to read a file cut short
+        if path is not None or uri == MEMORY:
+            _create(connection)
+        _check(connection)
+        if path is not None:
+            _choose_journal(connection, path)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_to_read(path: pathlib.Path, timeout: float, salvage: bool = False) -> sqlite3.Connection:
+    """A connection that does not write. Raises DatabaseError where the file is no sound cost table.
+
+    `salvage`: it may be cut short.
+    """
+    try:
+        return connect(f"{path.as_uri()}?mode=ro", timeout, salvage=salvage)
+    except sqlite3.OperationalError:
+        # Even a reader of a write-ahead log writes beside the file, which a read-only folder forbids.
+        return connect(f"{path.as_uri()}?immutable=1", timeout, salvage=salvage)
+
+
+def _create(connection: sqlite3.Connection) -> None:
+    """Makes the tables in an empty database."""
+
+    def is_empty() -> bool:
+        return _pragma(connection, "schema_version") == 0
+
+    if is_empty():
+        with connection:
+            connection.execute("BEGIN IMMEDIATE")
+            if is_empty():  # still: another process may have been quicker
+                for statement in SCHEMA.split(";"):
+                    connection.execute(statement)
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    """Raises DatabaseError where this is not a cost table of this schema."""
+    if _pragma(connection, "application_id") != APPLICATION_ID:
+        raise UnusableError("the file is not a cost table")
+    if (version := _pragma(connection, "user_version")) != SCHEMA_VERSION:
+        raise UnusableError(f"its schema is version {version}, not {SCHEMA_VERSION}")
+
+
+def _choose_journal(connection: sqlite3.Connection, path: pathlib.Path) -> None:
+    """A write-ahead log, with which readers never wait, where that works; else a plain journal."""
+    wanted = "delete" if _on_network(path) else "wal"
+    try:
+        mode = _pragma(connection, "journal_mode")
+        if mode != wanted:
+            mode = connection.execute(f"PRAGMA journal_mode = {wanted}").fetchone()[0]
+    except sqlite3.OperationalError as error:
+        logger.info("%s: no write-ahead log: %s", path, error)
+        if not is_busy(error):  # else whoever is writing chooses: the mode is the file's, not ours
+            connection.execute("PRAGMA journal_mode = DELETE")
+        return
+    if mode == "wal":
+        connection.execute(
+            "PRAGMA synchronous = NORMAL"
+        )  # a power cut may cost the last records, not the file
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> Any:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def _on_network(path: pathlib.Path) -> bool:
+    """Whether the file is on a file system of several machines. Known on Linux only; elsewhere False."""
+    try:
+        lines = pathlib.Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    real, kind, longest = os.path.realpath(path), "", 0
+    for mount, this in (line.split()[1:3] for line in lines):
+        folder = mount.replace("\\040", " ").rstrip("/") + "/"
+        if real.startswith(folder) and len(folder) >= longest:  # the later of two mounts hides the earlier
+            kind, longest = this, len(folder)
+    return kind in NETWORK
+
+
+def insert(connection: sqlite3.Connection, rows: Mapping[str, list[Row]], clash: str = "REPLACE") -> bool:
+    """Writes rows in one transaction. `clash`: what to do with keys that are there, REPLACE or IGNORE."""
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for table, these in rows.items():
+            columns = (*COLUMNS[table], "checksum")
+            query = f"INSERT OR {clash} INTO {table}({', '.join(columns)}) VALUES({', '.join('?' * len(columns))})"
+            connection.executemany(query, ((*row, checksum(table, row)) for row in these))
+            # A damaged index takes records and never finds them. They would be measured again and again.
+            key = " AND ".join(f"{name} = ?" for name in columns[: KEYS[table]])
+            for row in these:
+                found = connection.execute(f"SELECT checksum FROM {table} WHERE {key}", row[: KEYS[table]])
+                if found.fetchall() != [(checksum(table, row),)] and clash == "REPLACE":
+                    raise UnusableError("a record is not found after it was written")
+    return True
+
+
+def clear(connection: sqlite3.Connection) -> None:
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for table in COLUMNS:
+            connection.execute(f"DELETE FROM {table}")
+
+
+def rename(path: pathlib.Path) -> pathlib.Path:
+    """Renames a database to `<name>.damaged-<time>`, and its journals with it. Raises OSError.
+
+    Other processes may have it open. SQLite notices that a file has moved, and leaves the new one alone.
+    """
+    name = f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"
+    aside, number = path.with_name(name), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{name}-{number}")
+    for suffix in ("-wal", "-shm", "-journal"):  # first: they must never meet a new database
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    os.rename(path, aside)
+    return aside
+
+
+def identity(path: pathlib.Path) -> tuple[int, int] | None:
+    """(device, inode), or None where there is no file."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether waiting or trying elsewhere is in vain: this file will never be a table again."""
+    return isinstance(error, UnusableError) or _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_busy(error: Exception) -> bool:
+    """Whether another process has the file locked, and may let go of it."""
+    return _code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_PROTOCOL)
+
+
+def _code(error: Exception) -> int:
+    """SQLite's primary result code, 0 for an error that is not SQLite's."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF
+
+
+def stored(path: pathlib.Path, timeout: float, refused: list[str]) -> Iterator[Record]:
+    """The records of a table's file, oldest first; `refused` gets a reason where they cannot be read."""
+    try:
+        connection = connect_to_read(path, timeout, salvage=True)
+    except sqlite3.Error as error:
+        refused.append(f"{path.name}: {error}")
+        return
+    with contextlib.closing(connection):
+        for table in COLUMNS:
+            rows, problem = _readable(connection, table, "ASC")
+            if problem:  # a damaged page stops the reading: start from the other end too
+                refused.append(f"{table}: {problem}")
+                rows += reversed(_readable(connection, table, "DESC")[0])
+            for rowid, *values, checksum in rows:
+                yield f"{table}[{rowid}]", table, tuple(values), checksum
+
+
+def _readable(connection: sqlite3.Connection, table: str, order: str) -> tuple[list[tuple[Any, ...]], str]:
+    """(rows up to the first that cannot be read, why that cannot)."""
+    rows = []
+    try:
+        query = f"SELECT rowid, {', '.join(COLUMNS[table])}, checksum FROM {table} ORDER BY rowid {order}"
+        for row in connection.execute(query):
+            rows.append(row)  # one by one: those before an error are kept
+    except sqlite3.Error as error:
+        return rows, str(error)
+    return rows, ""
+
+
+def checksum(table: str, row: Row) -> str:
+    """Over keys and values: a record under another key is not valid. Guards against accidents, not malice."""
+    digest = hashlib.sha256(table.encode())
+    for text in row:
+        data = text.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big") + data)
+    return digest.hexdigest()[:16]

@@ -1,0 +1,402 @@
+"""`CostTable`: the measurements and plans of all processes of a user, in one SQLite file.
+
+Nothing that happens to the file reaches the user's program: what cannot be read is measured again, what
+cannot be written is kept for this process, and one `TableWarning` says so.
+
+- Every record carries a checksum over its keys and its value. A record that fails it is no record.
+- A file that is damaged, or not ours, is renamed to `<name>.damaged-<time>`; what is valid in it is copied
+  into a new one.
+- Many processes may write at once: each call of `record...` is one transaction. Where shared memory does not
+  work (network file systems) the journal is an ordinary file.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import sqlite3
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar, cast
+
+from jaxlayout.costs import sqlite
+from jaxlayout.costs.lock import file_lock
+from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row
+
+MAX_KEY = 4096
+"""Longest key, in characters."""
+MAX_TEXT = 64 * 2**20
+"""Longest plan, in characters."""
+MAX_LIKE = 32
+"""Most plans that `plans_like` returns."""
+REPAIR_SECONDS = 30.0
+"""How long to wait for another process that is setting the file aside."""
+
+NOWHERE: Mapping[str, str] = {}
+
+T = TypeVar("T")
+
+logger = logging.getLogger("jaxlayout")
+
+
+class TableWarning(UserWarning):
+    """The cost table's file is not as it should be. The program is right all the same, if slow to start."""
+
+
+def default_path() -> pathlib.Path:
+    """`table.sqlite` in the user's cache folder."""
+    import platformdirs
+
+    return platformdirs.user_cache_path("jaxlayout") / "table.sqlite"
+
+
+class CostTable:
+    """Measurements by (environment, signature, candidate) and plans by (environment, function).
+
+    `path`: the file, made when first needed; None for `default_path()`; ":memory:" for none. `timeout`:
+    seconds to wait for another process that is writing. Threads may share a table, forked children too.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, timeout: float = 5.0):
+        self._in_memory = path == ":memory:"  # also once the file has proved to be out of reach
+        path = pathlib.Path(default_path() if path is None else path)
+        self.path = path if self._in_memory else path.absolute()
+        self._timeout = self._patience = timeout
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # (device, inode) of the open file
+        # Rows that the file refused, by key: written with the next ones that it takes.
+        self._unsaved: dict[str, dict[Row, Row]] = {table: {} for table in COLUMNS}
+        self._warned: set[str] = set()
+        _tables.add(self)  # see the end of this file
+
+    def __repr__(self) -> str:
+        return f"CostTable({str(self.path)!r})"
+
+    def __enter__(self) -> "CostTable":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self):
+        if (connection := getattr(self, "_connection", None)) is not None:
+            connection.close()
+
+    # Measurements
+
+    def measurements(self, env: str, signature: str) -> dict[str, Measurement]:
+        """What is known of a signature's candidates in an environment: candidate id -> Measurement."""
+        rows = self._select("measurements", {"env": env, "signature": signature})
+        return {row[2]: Measurement.from_json(json.loads(row[3])) for row in rows}
+
+    def record(self, env: str, signature: str, candidate: str, measurement: Measurement) -> None:
+        """Keeps one measurement, in place of an earlier one."""
+        self.record_many(env, signature, {candidate: measurement})
+
+    def record_many(self, env: str, signature: str, measurements: Mapping[str, Measurement]) -> None:
+        """Keeps measurements of one signature, all or (when the process is killed) none of them."""
+        rows = [(env, signature, candidate, _dumps(m.to_json())) for candidate, m in measurements.items()]
+        self._write({"measurements": rows})
+
+    # Plans
+
+    def load_plan(self, env: str, function: str) -> str | None:
+        """The payload stored for a function in an environment, or None."""
+        rows = self._select("plans", {"env": env, "function": function})
+        return rows[0][4] if rows else None
+
+    def store_plan(self, env: str, function: str, skeleton: str, sizes: str, payload: str) -> None:
+        """Keeps a plan (`payload`, JSON text), in place of an earlier one of the same function.
+
+        `skeleton`: what functions that differ in sizes alone have in common; `sizes`: a JSON list of numbers.
+        """
+        self._write({"plans": [(env, function, skeleton, sizes, payload)]})
+
+    def plans_like(self, env: str, skeleton: str) -> list[tuple[str, str, str]]:
+        """(function, sizes, payload) of the plans of one skeleton, newest first, at most MAX_LIKE."""
+        rows = self._select("plans", {"env": env, "skeleton": skeleton}, MAX_LIKE)
+        return [(function, sizes, payload) for _, function, _, sizes, payload in rows]
+
+    # The whole table
+
+    def counts(self) -> dict[str, int]:
+        """How many valid records there are: "measurements", "plans"; and "unsaved", those not in the file."""
+        counts = {table: len(self._select(table)) for table in COLUMNS}
+        return counts | {"unsaved": sum(map(len, self._unsaved.values()))}
+
+    def export_json(self, path: str | os.PathLike[str]) -> None:
+        """Writes every valid record to a JSON file, whole or not at all. Raises OSError where it cannot."""
+        value: dict[str, Any] = {"format": "jaxlayout cost table", "schema": SCHEMA_VERSION}
+        for table, columns in COLUMNS.items():
+            rows = reversed(self._select(table))  # oldest first, so that an import keeps the order
+            names = (*columns, "checksum")
+            value[table] = [
+                dict(zip(names, (*row, sqlite.checksum(table, row)), strict=True)) for row in rows
+            ]
+        target = pathlib.Path(path)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def import_json(self, path: str | os.PathLike[str]) -> tuple[int, list[str]]:
+        """Adds the records of an exported file; they replace what is here under the same keys.
+
+        Returns (how many were accepted, why each of the others was refused). Raises OSError for no such file.
+        """
+        try:
+            value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            return 0, [f"{path} is not JSON: {error}"]
+        if not isinstance(value, dict) or value.get("schema") != SCHEMA_VERSION:
+            return 0, [f"{path} is not an exported cost table of schema {SCHEMA_VERSION}"]
+        refused: list[str] = []
+        return self._add(_exported(value, refused), refused), refused
+
+    def merge(self, other: str | os.PathLike[str]) -> tuple[int, list[str]]:
+        """Adds the records of another table's file, which is only read; returns as `import_json` does."""
+        if not pathlib.Path(other).is_file():
+            raise FileNotFoundError(f"no cost table at {other}")
+        refused: list[str] = []
+        records = sqlite.stored(pathlib.Path(other).absolute(), self._timeout, refused)
+        return self._add(records, refused), refused
+
+    def clear(self) -> None:
+        """Forgets every record."""
+        with self._lock:
+            self._unsaved = {table: {} for table in COLUMNS}
+            self._run(sqlite.clear, None, "cannot be cleared; its records stay")
+
+    def close(self) -> None:
+        """Lets go of the file. The table can still be used, and opens it again."""
+        with self._lock:
+            if any(self._unsaved.values()):
+                self._write({})  # another chance: who held the file may have let go of it
+            self._disconnect()
+
+    # Reading and writing
+
+    def _select(self, table: str, where: Mapping[str, str] = NOWHERE, limit: int | None = None) -> list[Row]:
+        """The valid rows that have the values of `where` in the columns it names, newest first."""
+        columns, keys = COLUMNS[table], KEYS[table]
+        found: dict[Row, Row] = {}
+
+        def matches(row: Row) -> bool:
+            return all(row[columns.index(name)] == value for name, value in where.items())
+
+        def read(connection: sqlite3.Connection) -> None:
+            condition = " AND ".join(f"{name} = ?" for name in where) or "1"
+            names = ", ".join((*columns, "checksum"))
+            query = f"SELECT {names} FROM {table} WHERE {condition} ORDER BY rowid DESC"
+            with contextlib.closing(connection.execute(query, tuple(where.values()))) as cursor:
+                for *values, checksum in cursor:
+                    row = tuple(values)
+                    if len(found) == limit:
+                        return
+                    if problem := _problem(table, row, deep=False) or _mismatch(table, row, checksum):
+                        logger.warning("%s: skipped a record of %s: %s", self.path, table, problem)
+                    elif matches(row):
+                        found.setdefault(row[:keys], row)
+
+        with self._lock:
+            found |= {key: row for key, row in reversed(self._unsaved[table].items()) if matches(row)}
+            self._run(read, None, "cannot be read; what it holds will be measured again")
+            return list(found.values())[:limit]
+
+    def _write(self, rows: Mapping[str, Iterable[Row]]) -> None:
+        """Keeps rows, in one transaction: in the file, or else, with a warning, for this process."""
+        with self._lock:
+            for table, row in [(table, row) for table, those in rows.items() for row in those]:
+                if problem := _problem(table, row):
+                    logger.warning("%s: did not keep a record of %s: %s", self.path, table, problem)
+                    continue
+                key = row[: KEYS[table]]
+                self._unsaved[table].pop(key, None)  # the newest come last
+                self._unsaved[table][key] = row
+            pending = {table: list(unsaved.values()) for table, unsaved in self._unsaved.items()}
+            if not any(pending.values()):
+                return
+            failure = "cannot be written; new records are kept for this process, and written when that works"
+            if self._run(lambda connection: sqlite.insert(connection, pending), False, failure):
+                self._unsaved = {table: {} for table in COLUMNS}
+                self._patience = self._timeout
+
+    def _add(self, records: Iterable[Record], refused: list[str]) -> int:
+        """Keeps the valid ones of `records`, adds to `refused` why not the others; how many were kept."""
+        valid = _valid(records, refused)
+        self._write(valid)
+        return sum(map(len, valid.values()))
+
+    def _run(self, operation: Callable[[sqlite3.Connection], T], default: T, failure: str) -> T:
+        """`operation` on the open table; `default`, and a warning, where that fails. Needs the lock held."""
+        try:
+            try:
+                return operation(self._open())
+            except sqlite3.DatabaseError as error:
+                if self._in_memory or not sqlite.is_damage(error):
+                    raise
+                self._set_aside(error)
+                return operation(self._open())
+        except (sqlite3.Error, OSError) as error:
+            if sqlite.is_busy(error):
+                self._patience = min(0.1, self._timeout)  # waited once: not again for every record
+            self._warn(f"{failure} ({error})", failure)
+            return default
+
+    # The file
+
+    def _open(self) -> sqlite3.Connection:
+        """The open connection; opened again when the file is not the one it was, but set aside or deleted."""
+        if self._connection is None or not (self._in_memory or self._file == sqlite.identity(self.path)):
+            self._disconnect()
+            self._connect()
+        if self._connection is None:
+            self._connection = sqlite.connect(sqlite.MEMORY)
+        self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
+        return self._connection
+
+    def _connect(self) -> None:
+        """Opens the file to write, or else to read, or else not at all. Raises where damaged or locked.
+
+        Only this, and `_set_aside`, send the table to memory for good.
+        """
+        if self._in_memory:
+            return
+        # Looked at before it is opened: if it is replaced in between, the next call opens it again.
+        self._file = sqlite.identity(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite.connect(f"{self.path.as_uri()}?mode=rwc", self._patience, self.path)
+            self._file = self._file or sqlite.identity(self.path)
+        except (sqlite3.OperationalError, OSError) as error:
+            if sqlite.is_busy(error):
+                raise
+            with contextlib.suppress(sqlite3.OperationalError):
+                self._connection = sqlite.connect_to_read(self.path, self._patience)
+            if self._connection is not None:  # enough for a program that finds here all it needs
+                logger.info("%s is only read: %s", self.path, error)
+                return
+            self._in_memory = True
+            self._warn(f"cannot be opened; records are kept for this process only ({error})")
+
+    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+        """Renames the unusable file; copies what is valid in it to a new one, in memory where that fails."""
+        self._disconnect()
+        with file_lock(f"{self.path}.lock", REPAIR_SECONDS, what="repairing the cost table"):
+            if self._file != sqlite.identity(self.path):
+                return  # another process was quicker
+            try:
+                aside = sqlite.rename(self.path)
+            except OSError as failure:
+                logger.warning("%s cannot be renamed: %s", self.path, failure)
+                self._in_memory, aside = True, self.path
+            lost: list[str] = []
+            kept = _valid(sqlite.stored(aside, self._timeout, lost), lost)
+            # Not in place of what other processes have written to the new file by now.
+            sqlite.insert(self._open(), kept, "IGNORE")
+        for reason in lost:
+            logger.info("%s: %s", aside, reason)
+        what = "cannot be renamed, so it is not used" if self._in_memory else f"set aside as {aside.name}"
+        count = sum(map(len, kept.values()))
+        self._warn(f"not usable ({error}): {what}; {count} valid records were saved from it")
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                connection.close()
+
+    def _warn(self, message: str, once: str = "") -> None:
+        """Warns, once of each kind. Comes last wherever it is called: a warning may be an exception."""
+        message = f"jaxlayout's cost table {self.path}: {message}"
+        if (once or message) in self._warned:
+            logger.info(message)
+        else:
+            self._warned.add(once or message)
+            warnings.warn(message, TableWarning, stacklevel=2)
+
+
+def _exported(value: Mapping[str, Any], refused: list[str]) -> Iterator[Record]:
+    """The records of an exported table; `refused` gets a reason for whatever does not look like one."""
+    for table, columns in COLUMNS.items():
+        entries = value.get(table, [])
+        if not isinstance(entries, list):
+            refused.append(f"{table}: not a list")
+            continue
+        for number, entry in enumerate(entries):
+            if isinstance(entry, dict) and entry.keys() == {*columns, "checksum"}:
+                yield f"{table}[{number}]", table, tuple(entry[name] for name in columns), entry["checksum"]
+            else:
+                refused.append(f"{table}[{number}]: not an object of {', '.join(columns)}, checksum")
+
+
+def _valid(records: Iterable[Record], refused: list[str]) -> dict[str, list[Row]]:
+    """The valid ones of `records` by table; `refused` gets why the others are not."""
+    valid: dict[str, list[Row]] = {table: [] for table in COLUMNS}
+    for name, table, row, checksum in records:
+        if problem := _problem(table, row) or _mismatch(table, row, checksum):
+            refused.append(f"{name}: {problem}")
+        else:
+            valid[table].append(row)
+    return valid
+
+
+def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
+    """Why these values are no record of `table`; "" if they are one. `deep` reads the JSON of plans too."""
+    short = (*COLUMNS[table][: KEYS[table]], "skeleton")
+    for name, value in zip(COLUMNS[table], row, strict=True):
+        most = MAX_KEY if name in short else MAX_TEXT
+        if not isinstance(value, str) or not 0 < len(value) <= most:
+            return f"{name} is not a text of 1 to {most} characters"
+    texts = cast(Row, row)
+    try:
+        "".join(texts).encode()  # half a surrogate pair cannot be stored
+        if table == "measurements":
+            Measurement.from_json(json.loads(texts[3]))
+        elif deep:
+            sizes, _ = json.loads(texts[3]), json.loads(texts[4])
+            if not isinstance(sizes, list) or not all(type(size) in (int, float) for size in sizes):
+                return "sizes is not a list of numbers"
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return ""
+
+
+def _mismatch(table: str, row: Row, checksum: object) -> str:
+    return "" if checksum == sqlite.checksum(table, row) else "its checksum does not match"
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+# A connection must not be carried into a forked child (https://sqlite.org/howtocorrupt.html). So it is
+# closed before, with the lock held (no other thread is inside SQLite then), and opened again by whoever needs
+# it. One in memory is just memory.
+
+_tables: "weakref.WeakSet[CostTable]" = weakref.WeakSet()
+_forking = threading.local()
+
+
+def _before_fork() -> None:
+    _forking.tables = sorted(_tables, key=id)  # in one order, or two threads that fork could block each other
+    for table in _forking.tables:
+        table._lock.acquire()
+        if not table._in_memory:
+            table._disconnect()
+
+
+def _after_fork() -> None:
+    for table in _forking.__dict__.pop("tables", ()):
+        table._lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)

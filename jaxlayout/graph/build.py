@@ -1,0 +1,267 @@
+"""`LayoutGraph`: a program as the solver sees it. Nodes are equations with the orders they can work in
+(modes), values are what flows between them; a value may be converted between producer and consumer.
+
+The graph is nested as the program is, and written flat: equations inside a called jaxpr are nodes like any
+other, named by their path, and each operand and result of the call passes through a node of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from jax.extend.core import Literal as LiteralAtom
+
+from jaxlayout._compat import consts_of, open_jaxpr
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
+from jaxlayout.convs.signature import Context, ConvSignature, written_order
+from jaxlayout.graph.rules import RegionRule, Rule, follow, rule_for
+from jaxlayout.layout import Order, identity
+
+Path = tuple[int, ...]
+"""Where an equation is: its index in the program, then in the jaxpr that it calls, and so on."""
+
+MAX_ORDERS = 5
+"""How many orders of one value are considered. Two to three occur; a program that permutes its axes back and
+forth would multiply them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """One way a node can work: the order of each operand and result, and for a convolution the candidate."""
+
+    operands: tuple[Order, ...]
+    results: tuple[Order, ...]
+    candidate: Candidate | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """What flows along an edge; `shape` is logical."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory, in bytes."""
+        return math.prod(self.shape) * getattr(self.dtype, "itemsize", 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """`operands` and `results` are indices of values; `modes[0]` is what the user wrote."""
+
+    path: Path
+    kind: Literal["input", "output", "equation", "enter", "leave", "barrier", "site"]
+    slot: int
+    """Which operand or result of the call passes through an enter or leave node; 0 otherwise."""
+    operands: tuple[int, ...]
+    results: tuple[int, ...]
+    modes: tuple[Mode, ...]
+    conv: ConvSignature | None = None
+    name: str = ""
+    """The primitive's name."""
+    moved: Order | None = None
+    """A transpose that the user wrote: the order of its result if it is absorbed; `modes[0]` is to do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutGraph:
+    """Values are produced once; every node but inputs consumes some."""
+
+    values: tuple[Value, ...]
+    nodes: tuple[Node, ...]
+
+    @property
+    def sites(self) -> tuple[Node, ...]:
+        """The convolutions."""
+        return tuple(node for node in self.nodes if node.kind == "site")
+
+    @property
+    def barriers(self) -> tuple[Node, ...]:
+        """Equations whose primitive has no rule for them, and that touch more than scalars and vectors."""
+        return tuple(node for node in self.nodes if node.kind == "barrier" and (node.operands or node.results))
+
+
+Enumerate = Callable[[ConvSignature, Candidate], Sequence[Candidate]]
+
+
+def build_graph(jaxpr: Any, enumerate_candidates: Enumerate, context: Context = "entry") -> LayoutGraph:
+    """The graph of a closed jaxpr. `enumerate_candidates(signature, as written)` gives the ways to compute a
+    convolution, the written one first."""
+    builder = _Builder(enumerate_candidates, context)
+    outer = open_jaxpr(jaxpr)
+    env = {var: builder.produced(var.aval, (), i, "input") for i, var in enumerate(outer.invars)}
+    outs = builder.region(jaxpr, env, ())
+    for i, (value, rank) in enumerate(outs):
+        builder.add((), "output", i, [value], [], _only([rank], []))
+    return builder.finish()
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A node while its modes are being found: `extend(slot, order)` gives the mode in which one of its values
+    (operands first, then results) has an order."""
+
+    node: Node
+    modes: dict[Mode, None]
+    extend: Callable[[int, Order], Mode | None] | None
+
+
+def _only(operands: Sequence[int], results: Sequence[int]) -> tuple[Mode, ...]:
+    """The single mode of a node that knows no order but the user's; ranks to orders."""
+    return (Mode(tuple(map(identity, operands)), tuple(map(identity, results))),)
+
+
+def _rank(atom: Any) -> int:
+    return len(atom.aval.shape)
+
+
+class _Builder:
+    def __init__(self, enumerate_candidates: Enumerate, context: Context):
+        self.enumerate = enumerate_candidates
+        self.context: Context = context
+        self.values: list[Value] = []
+        self.drafts: list[_Draft] = []
+
+    def value(self, aval: Any) -> int:
+        self.values.append(Value(tuple(aval.shape), aval.dtype))
+        return len(self.values) - 1
+
+    def add(
+        self,
+        path: Path,
+        kind: Any,
+        slot: int,
+        operands: Sequence[int],
+        results: Sequence[int],
+        modes: Sequence[Mode],
+        extend: Callable[[int, Order], Mode | None] | None = None,
+        conv: ConvSignature | None = None,
+        name: str = "",
+        moved: Order | None = None,
+    ) -> None:
+        node = Node(path, kind, slot, tuple(operands), tuple(results), (), conv, name, moved)
+        self.drafts.append(_Draft(node, dict.fromkeys(modes), extend))
+
+    def produced(self, aval: Any, path: Path, slot: int, kind: Any) -> tuple[int, int]:
+        """A value that arrives in the user's order: its index and rank."""
+        rank = len(getattr(aval, "shape", ()))
+        if not hasattr(aval, "shape"):  # tokens
+            return -1, 0
+        value = self.value(aval)
+        self.add(path, kind, slot, [], [value], _only([], [rank]))
+        return value, rank
+
+    def region(self, jaxpr: Any, env: dict[Any, tuple[int, int]], path: Path) -> list[tuple[int, int]]:
+        """Add the nodes of one jaxpr; `env` holds its arguments. Gives its results."""
+        inner = open_jaxpr(jaxpr)
+        for i, var in enumerate(inner.constvars):
+            env[var] = self.produced(var.aval, path, i, "input")
+
+        def read(atom: Any) -> tuple[int, int]:
+            return self.produced(atom.aval, path, 0, "input") if isinstance(atom, LiteralAtom) else env[atom]
+
+        for i, eqn in enumerate(inner.eqns):
+            operands = [read(atom)[0] for atom in eqn.invars]
+            env.update(zip(eqn.outvars, self.equation(eqn, operands, (*path, i)), strict=True))
+        return [read(atom) for atom in inner.outvars]
+
+    def equation(self, eqn: Any, operands: list[int], path: Path) -> list[tuple[int, int]]:
+        rule = rule_for(eqn.primitive)
+        if isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
+            return self.call(eqn, body, operands, path)
+        atoms = (*eqn.invars, *eqn.outvars)
+        if any(not hasattr(atom.aval, "shape") for atom in atoms):
+            return [self.produced(v.aval, path, i, "barrier") for i, v in enumerate(eqn.outvars)]
+        results = [self.value(v.aval) for v in eqn.outvars]
+        ranks = [_rank(v) for v in eqn.invars], [_rank(v) for v in eqn.outvars]
+        name = str(eqn.primitive)
+        if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and eqn.params.get("out_sharding") is None:
+            self.site(eqn, operands, results, path)
+        elif isinstance(rule, Rule) and static_shapes(eqn) and (labelling := rule.axes(eqn)) is not None:
+            axes = (*labelling.operands, *labelling.results)
+
+            def extend(slot: int, order: Order) -> Mode | None:
+                orders = follow(labelling, axes[slot], order)
+                return orders and Mode(orders.operands, orders.results)
+
+            (written,), free = _only(*ranks), extend(0, identity(len(axes[0])))
+            moved = free.results[0] if free is not None and free.results != written.results else None
+            modes = (written,) if moved is None or free is None else (written, free)
+            self.add(path, "equation", 0, operands, results, modes, extend, name=name, moved=moved)
+        else:
+            self.add(path, "barrier", 0, operands, results, _only(*ranks), name=name)
+        return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
+
+    def call(self, eqn: Any, body: Any, operands: list[int], path: Path) -> list[tuple[int, int]]:
+        def through(aval: Any, value: int, kind: Any, slot: int) -> tuple[int, int]:
+            if not hasattr(aval, "shape"):
+                return -1, 0
+            rank, passed = len(aval.shape), self.value(aval)
+            self.add(
+                path, kind, slot, [value], [passed], _only([rank], [rank]),
+                lambda _, order: Mode((order,), (order,)), name=str(eqn.primitive),
+            )  # fmt: skip
+            return passed, rank
+
+        inner = open_jaxpr(body)
+        entered = [through(v.aval, o, "enter", i) for i, (v, o) in enumerate(zip(inner.invars, operands, strict=True))]
+        results = self.region(body, dict(zip(inner.invars, entered, strict=True)), path)
+        return [through(v.aval, o, "leave", i) for i, (v, (o, _)) in enumerate(zip(eqn.outvars, results, strict=True))]
+
+    def site(self, eqn: Any, operands: list[int], results: list[int], path: Path) -> None:
+        lhs, rhs = (v.aval for v in eqn.invars)
+        conv = ConvSignature.of(lhs, rhs, eqn.params, self.context)
+        written = written_order(eqn.params)
+        modes = [
+            Mode(
+                (c.dims.lhs.permutation_from(written.lhs), c.dims.rhs.permutation_from(written.rhs)),
+                (c.dims.out.permutation_from(written.out),),
+                c,
+            )
+            for c in self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
+        ]
+        self.add(path, "site", 0, operands, results, modes, conv=conv, name=str(eqn.primitive))
+
+    def finish(self) -> LayoutGraph:
+        """Let the orders of the sites flow through the graph until nothing new is found."""
+        domains: list[set[Order]] = [{identity(len(value.shape))} for value in self.values]
+        touching: list[list[tuple[_Draft, int]]] = [[] for _ in self.values]
+        for draft in self.drafts:
+            for slot, value in enumerate((*draft.node.operands, *draft.node.results)):
+                touching[value].append((draft, slot))
+        news: deque[tuple[int, Order]] = deque()
+
+        def offer(node: Node, mode: Mode) -> bool:
+            pairs = list(zip((*node.operands, *node.results), (*mode.operands, *mode.results), strict=True))
+            fresh = {(value, order) for value, order in pairs if order not in domains[value]}
+            if any(len(domains[value]) >= MAX_ORDERS for value, _ in fresh):
+                return False
+            for value, order in sorted(fresh):
+                domains[value].add(order)
+                news.append((value, order))
+            return True
+
+        for draft in self.drafts:
+            if len(draft.modes) > 1:
+                first, *rest = draft.modes
+                draft.modes = dict.fromkeys((first, *(m for m in rest if offer(draft.node, m))))
+        while news:
+            value, order = news.popleft()
+            for draft, slot in touching[value]:
+                if draft.extend is not None and (mode := draft.extend(slot, order)) is not None:
+                    if mode not in draft.modes and offer(draft.node, mode):
+                        draft.modes[mode] = None
+        nodes = (replace(draft.node, modes=tuple(draft.modes)) for draft in self.drafts)
+        return LayoutGraph(tuple(self.values), tuple(nodes))
+
+
+def static_shapes(eqn: Any) -> bool:
+    """Whether every size is a number (and not a symbol of `jax.export`)."""
+    return all(isinstance(size, int) for v in (*eqn.invars, *eqn.outvars) for size in v.aval.shape)

@@ -1,0 +1,117 @@
+"""`Plan`: what has been decided about a program, as a value that can be shown, saved and loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from types import MappingProxyType
+from typing import Any
+
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.graph.build import Mode, Path
+from jaxlayout.layout import Order
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """One transpose in the rewritten program: a value of logical `shape` from one order to another. The user's
+    own transposes that stay are among them."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    held: Order
+    wanted: Order
+    before: Path
+    """The equation that wants it; () for the function's own results."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """The modes of all equations that are not left as the user wrote them, by path. Times in nanoseconds,
+    as the additive model has them: convolutions and conversions only."""
+
+    choices: Mapping[Path, Mode] = field(default_factory=dict)
+    conversions: tuple[Conversion, ...] = ()
+    predicted_ns: float = 0.0
+    written_ns: float = 0.0
+    bound_ns: float = 0.0
+    """No plan over the same candidates and costs is cheaper."""
+    exact: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+
+    @property
+    def trivial(self) -> bool:
+        """Nothing is to change."""
+        return not self.choices
+
+    @property
+    def gap(self) -> float:
+        """How far from optimal the plan may be under its costs, as a share: 0.0 means optimal."""
+        return 0.0 if self.exact else self.predicted_ns / self.bound_ns - 1 if self.bound_ns else float("inf")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists, dictionaries."""
+        return {
+            "format": FORMAT,
+            "choices": [
+                [
+                    list(path),
+                    [list(o) for o in mode.operands],
+                    [list(o) for o in mode.results],
+                    mode.candidate and str(mode.candidate),
+                ]
+                for path, mode in self.choices.items()
+            ],
+            "conversions": [
+                [list(c.shape), c.dtype, list(c.held), list(c.wanted), list(c.before)] for c in self.conversions
+            ],
+            "predicted_ns": self.predicted_ns,
+            "written_ns": self.written_ns,
+            "bound_ns": self.bound_ns,
+            "exact": self.exact,
+        }
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """The inverse of `to_json`. ValueError for anything else."""
+        try:
+            if data["format"] != FORMAT:
+                raise ValueError(f"a plan of format {data['format']!r}, this is format {FORMAT}")
+            return cls(
+                choices={
+                    tuple(path): Mode(_orders(operands), _orders(results), candidate and Candidate.parse(candidate))
+                    for path, operands, results, candidate in data["choices"]
+                },
+                conversions=tuple(
+                    Conversion(tuple(shape), str(dtype), tuple(held), tuple(wanted), tuple(before))
+                    for shape, dtype, held, wanted, before in data["conversions"]
+                ),
+                predicted_ns=float(data["predicted_ns"]),
+                written_ns=float(data["written_ns"]),
+                bound_ns=float(data["bound_ns"]),
+                exact=bool(data["exact"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a plan: {error!r}") from error
+
+    def save(self, path: str | FilePath) -> None:
+        """Write it as JSON."""
+        FilePath(path).write_text(json.dumps(self.to_json()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | FilePath) -> Plan:
+        """Read what `save` wrote."""
+        return cls.from_json(json.loads(FilePath(path).read_text(encoding="utf-8")))
+
+
+def _orders(data: Any) -> tuple[Order, ...]:
+    orders = tuple(tuple(int(axis) for axis in order) for order in data)
+    if any(sorted(order) != list(range(len(order))) for order in orders):
+        raise ValueError(f"not axis orders: {data!r}")
+    return orders

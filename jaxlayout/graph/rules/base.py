@@ -1,0 +1,149 @@
+"""What a rule is: which axis of each operand is which axis of each result, and how to bind the equation when
+its operands come in another order. The graph builder and the interpreter read the same table, so they cannot
+disagree. A primitive without a rule is a barrier: its operands arrive in the order the user wrote.
+
+A rule labels axes as einsum does: axes with the same label are the same axis. An axis has a tuple of labels:
+one normally, several where a reshape merges axes (which is free only while they stay adjacent and in order),
+none for an axis of size 1 that came from nowhere and may stand anywhere. A *linear order of the labels* then
+gives the order of every operand and result, which is all there is to following an order through an equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend.core import Primitive
+
+from jaxlayout._compat import bind_equation
+from jaxlayout.layout import Order
+
+Axes = tuple[tuple[int, ...], ...]
+"""The labels of each axis of one value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Orders:
+    """The order of each operand and of each result of one equation."""
+
+    operands: tuple[Order, ...]
+    results: tuple[Order, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """The labels of the axes of each operand and each result of one equation."""
+
+    operands: tuple[Axes, ...]
+    results: tuple[Axes, ...]
+    block: Mapping[int, int] = field(default_factory=dict)
+    """Results keep labels of a lower block before those of a higher one (dot_general: batch, lhs, rhs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How orders pass through the equations of a primitive."""
+
+    axes: Callable[[Any], Labelling | None]
+    """Equation to labels; None: this equation is a barrier."""
+    rewrite: Callable[[Any, Orders], dict[str, Any]] = lambda eqn, orders: {}
+    """The parameters that change when operands and results have these orders."""
+    bind: Callable[[Any, Sequence[Any], Orders], list[Any]] | None = None
+    """In place of `rewrite`, where more than parameters change: equation, physical operands, orders."""
+
+    def apply(self, eqn: Any, operands: Sequence[Any], orders: Orders) -> list[Any]:
+        """Bind the equation on physical operands; gives physical results."""
+        if self.bind is not None:
+            return self.bind(eqn, operands, orders)
+        return bind_equation(eqn, operands, **self.rewrite(eqn, orders))
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRule:
+    """A primitive that calls a jaxpr, one operand for each of its invars, one result for each outvar."""
+
+    body: Callable[[Any], Any | None]
+    """Equation to closed jaxpr; None: this equation is a barrier."""
+    rebuild: Callable[[Any, Callable[..., list[Any]], Sequence[Any], Orders], list[Any]]
+    """Make the call anew: equation, the re-traced body (physical in, physical out), operands, orders."""
+
+
+_table: dict[Primitive, Rule | RegionRule] = {}
+
+
+def register_rule(primitive: Primitive, rule: Rule | RegionRule) -> None:
+    """Teach every later tuning how orders pass through a primitive. It must not have a rule already."""
+    if primitive in _table:
+        raise ValueError(f"primitive {primitive} has a rule already")
+    _table[primitive] = rule
+
+
+@contextmanager
+def registered_rule(primitive: Primitive, rule: Rule | RegionRule) -> Iterator[None]:
+    """Register for the length of a `with` block."""
+    register_rule(primitive, rule)
+    try:
+        yield
+    finally:
+        del _table[primitive]
+
+
+def rule_for(primitive: Primitive) -> Rule | RegionRule | None:
+    """The rule of a primitive, if it has one."""
+    return _table.get(primitive)
+
+
+def rule_names() -> tuple[str, ...]:
+    """The primitives with a rule, for fingerprints."""
+    return tuple(sorted(str(primitive) for primitive in _table))
+
+
+def same_axes(eqn: Any) -> Labelling:
+    """All operands and results have the same axes (scalars have none)."""
+
+    def axes(atom: Any) -> Axes:
+        return tuple((i,) for i in range(len(atom.aval.shape)))
+
+    return Labelling(tuple(map(axes, eqn.invars)), tuple(map(axes, eqn.outvars)))
+
+
+def follow(labelling: Labelling, value: Axes, order: Order) -> Orders | None:
+    """The orders of all operands and results when one of them, labelled `value`, comes in `order`.
+
+    Labels that the value does not have keep their place behind the label that they stand behind where they
+    occur. None where the order cannot pass (merged axes torn apart).
+    """
+    sequence: list[int] = []
+    for axes in (tuple(value[a] for a in order), *labelling.results, *labelling.operands):
+        behind = -1
+        for label in (label for axis in axes for label in axis):
+            if label not in sequence:
+                sequence.insert(behind + 1, label)
+            behind = sequence.index(label)
+    place = {label: i for i, label in enumerate(sequence)}
+    for axes in (*labelling.operands, *labelling.results):
+        for axis in axes:
+            if any(place[b] != place[a] + 1 for a, b in zip(axis, axis[1:], strict=False)):
+                return None
+    block = labelling.block
+    operands = tuple(_sorted(axes, lambda label: (0, place[label])) for axes in labelling.operands)
+    results = tuple(_sorted(axes, lambda label: (block.get(label, 0), place[label])) for axes in labelling.results)
+    return Orders(operands, results)
+
+
+def _sorted(axes: Axes, key: Callable[[int], tuple[int, int]]) -> Order:
+    """The order of a value whose labels are sorted; an axis without labels stays behind its predecessor."""
+    groups: list[tuple[tuple[int, int], list[int]]] = []
+    for i, axis in enumerate(axes):
+        if axis or not groups:
+            groups.append((key(axis[0]) if axis else (-1, -1), [i]))
+        else:
+            groups[-1][1].append(i)
+    return tuple(i for _, group in sorted(groups) for i in group)
+
+
+def positions(axes: Iterable[int], order: Order) -> tuple[int, ...]:
+    """Where logical axes stand in a physical array, ascending."""
+    return tuple(sorted(order.index(a) for a in axes))

@@ -1,0 +1,100 @@
+"""Primitives that call a jaxpr: `jit`, and functions with a derivative rule of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives as p
+
+from jaxlayout._compat import bind_equation, unspecified_sharding
+from jaxlayout.graph.rules.base import Orders, RegionRule, register_rule
+from jaxlayout.layout import Order, conversion, identity
+from jaxlayout.layout.order import permuted
+
+
+def _jit_body(eqn: Any) -> Any | None:
+    params, unspecified = eqn.params, unspecified_sharding()
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    layouts = (*params["in_layouts"], *params["out_layouts"])
+    if any(s is not unspecified for s in shardings) or any(x is not None for x in layouts):
+        return None  # stated for the order the user wrote
+    return params["jaxpr"]
+
+
+def _rebuild_jit(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
+    jitted = jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
+    return jitted(*operands)
+
+
+register_rule(p.jit_p, RegionRule(_jit_body, _rebuild_jit))
+
+
+def _reordered(arrays: Sequence[Any], held: Sequence[Order], wanted: Sequence[Order]) -> tuple[Any, ...]:
+    """Arrays from one order to another; the cotangents of integers (float0) have no data to move."""
+
+    def one(x: Any, a: Order, b: Order) -> Any:
+        if a == b:
+            return x
+        if x.dtype == jax.dtypes.float0:
+            return np.zeros(permuted(x.shape, conversion(a, b)), x.dtype)
+        return lax.transpose(x, conversion(a, b))
+
+    return tuple(one(x, a, b) for x, a, b in zip(arrays, held, wanted, strict=True))
+
+
+def _written(orders: Sequence[Order]) -> tuple[Order, ...]:
+    return tuple(identity(len(order)) for order in orders)
+
+
+def _plain_custom(eqn: Any) -> Any | None:
+    """Barriers: closed-over constants (JAX cannot differentiate such an equation either) and rules that want to
+    see symbolic zeros."""
+    params = eqn.params
+    return None if params["num_consts"] or params["symbolic_zeros"] else params["call_jaxpr"]
+
+
+def _rebuild_custom_jvp(
+    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
+) -> list[Any]:
+    """A new `custom_jvp` around the re-traced body; its rule runs the user's rule, through the jvp of the bound
+    original equation."""
+    ins, outs = orders.operands, orders.results
+    fun = jax.custom_jvp(lambda *args: tuple(body(*args)))
+
+    def rule(primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+        out, out_tangents = jax.jvp(
+            lambda *args: tuple(bind_equation(eqn, args)),
+            _reordered(primals, ins, _written(ins)),
+            _reordered(tangents, ins, _written(ins)),
+        )
+        return _reordered(out, _written(outs), outs), _reordered(out_tangents, _written(outs), outs)
+
+    fun.defjvp(rule)
+    return list(fun(*operands))
+
+
+def _rebuild_custom_vjp(
+    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
+) -> list[Any]:
+    """Likewise: the residuals are those of the user's own forward rule, inside the vjp of the bound equation."""
+    ins, outs = orders.operands, orders.results
+    fun = jax.custom_vjp(lambda *args: tuple(body(*args)))
+
+    def forward(*args: Any) -> tuple[Any, Any]:
+        written = _reordered(args, ins, _written(ins))
+        out, backward = jax.vjp(lambda *args: tuple(bind_equation(eqn, args)), *written)
+        return _reordered(out, _written(outs), outs), backward
+
+    def backward(saved: Callable[..., Any], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        return _reordered(saved(_reordered(cotangents, outs, _written(outs))), _written(ins), ins)
+
+    fun.defvjp(forward, backward)
+    return list(fun(*operands))
+
+
+register_rule(p.custom_jvp_call_p, RegionRule(_plain_custom, _rebuild_custom_jvp))
+register_rule(p.custom_vjp_call_p, RegionRule(_plain_custom, _rebuild_custom_vjp))

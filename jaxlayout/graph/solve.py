@@ -1,0 +1,160 @@
+"""From a graph and a cost function to the plan of least cost: one variable for each equation's mode, and for
+a value with several consumers one for the set of orders it exists in, so that a conversion used twice is paid
+once. The minimum over such a sparse sum of small tables is found exactly (see minsum)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from itertools import chain, combinations
+
+import numpy as np
+
+from jaxlayout.graph.build import LayoutGraph, Mode, Node, Value
+from jaxlayout.graph.minsum import Factor, minimise
+from jaxlayout.graph.plan import Conversion, Plan
+from jaxlayout.layout import Order, identity, moves_data
+
+SiteCost = Callable[[Node, Mode], float]
+"""Nanoseconds of a convolution in one of its modes; inf where it may not be chosen (the first always may)."""
+ConversionCost = Callable[[Value, Order, Order], float]
+"""Nanoseconds of converting a value from one order to another; only asked where data moves."""
+
+RELUCTANCE = 1.0
+"""Nanoseconds charged for a mode that is not what the user wrote: what gains nothing stays as it is."""
+
+
+def solve(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost) -> Plan:
+    """The plan of least cost under the additive model, with its lower bound."""
+    problem = _Problem(graph, site_ns, conversion_ns)
+    solution = minimise([len(node.modes) for node in graph.nodes] + problem.sets, problem.factors)
+    modes = [node.modes[i] for node, i in zip(graph.nodes, solution.assignment, strict=False)]
+    changed = sum(mode is not node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True))
+    return Plan(
+        choices=_choices(graph, modes),
+        conversions=conversions(graph, modes),
+        predicted_ns=solution.cost - RELUCTANCE * changed,
+        written_ns=sum(problem.mode_ns(node, node.modes[0]) for node in graph.nodes),
+        bound_ns=max(0.0, solution.bound - RELUCTANCE * changed),
+        exact=solution.exact,
+    )
+
+
+class _Problem:
+    """The tables: variables are the nodes' modes, then for each shared value the set of orders it exists in."""
+
+    def __init__(self, graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost):
+        self.graph, self.site_ns, self.conversion_ns = graph, site_ns, conversion_ns
+        self.sets: list[int] = []
+        self.factors: list[Factor] = []
+        for i, node in enumerate(graph.nodes):
+            costs = [self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes]
+            self.factors.append(Factor((i,), np.array(costs)))
+        producers, consumers = wiring(graph)
+        for value, (producer, slot) in producers.items():
+            home = [mode.results[slot] for mode in graph.nodes[producer].modes]
+            uses = consumers[value]
+            wanted = {c: [{m.operands[s] for s in slots} for m in graph.nodes[c].modes] for c, slots in uses.items()}
+            if len(set(home).union(*chain(*wanted.values()))) == 1:
+                continue
+            if len(uses) == 1:
+                ((consumer, sets),) = wanted.items()
+                table = [[sum(self.ns(value, a, b) for b in set_) for set_ in sets] for a in home]
+                self.factors.append(Factor((producer, consumer), np.array(table)))
+            else:
+                self.shared(value, producer, home, wanted)
+
+    def mode_ns(self, node: Node, mode: Mode) -> float:
+        """What a node costs in itself: a convolution's time, the move of a transpose that stays."""
+        if node.conv is not None:
+            return self.site_ns(node, mode)
+        if node.moved is not None and mode is node.modes[0]:
+            return self.ns(node.results[0], node.moved, mode.results[0])
+        return 0.0
+
+    def ns(self, value: int, held: Order, wanted: Order) -> float:
+        described = self.graph.values[value]
+        if not moves_data(described.shape, held, wanted):
+            return 0.0
+        return self.conversion_ns(described, held, wanted)
+
+    def shared(
+        self, value: int, producer: int, home: Sequence[Order], wanted: dict[int, list[set[Order]]]
+    ) -> None:
+        """A state is the order a value is produced in and the set of others that it is converted to."""
+        asked = sorted(set().union(*chain(*wanted.values())))
+        states = [
+            (a, {a, *extra})
+            for a in dict.fromkeys(home)
+            for others in ([b for b in asked if b != a],)
+            for n in range(len(others) + 1)
+            for extra in combinations(others, n)
+        ]
+        variable = len(self.graph.nodes) + len(self.sets)
+        self.sets.append(len(states))
+        paid = np.array([sum(self.ns(value, a, b) for b in made if b != a) for a, made in states])
+        self.factors.append(Factor((variable,), paid))
+        agrees = np.array([[0.0 if a == h else np.inf for a, _ in states] for h in home])
+        self.factors.append(Factor((producer, variable), agrees))
+        for consumer, sets in wanted.items():
+            allowed = np.array([[0.0 if set_ <= made else np.inf for _, made in states] for set_ in sets])
+            self.factors.append(Factor((consumer, variable), allowed))
+
+
+def wiring(graph: LayoutGraph) -> tuple[dict[int, tuple[int, int]], dict[int, dict[int, list[int]]]]:
+    """For each value of two axes or more: the node and result that produces it; the nodes that consume it,
+    each with the operands that are it."""
+    producers: dict[int, tuple[int, int]] = {}
+    consumers: dict[int, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for i, node in enumerate(graph.nodes):
+        for slot, value in enumerate(node.results):
+            if value >= 0 and len(graph.values[value].shape) > 1:
+                producers[value] = (i, slot)
+        for slot, value in enumerate(node.operands):
+            if value >= 0 and len(graph.values[value].shape) > 1:
+                consumers[value][i].append(slot)
+    return {v: p for v, p in producers.items() if v in consumers}, consumers
+
+
+def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, ...]:
+    """The transposes that a program has under these modes: one for each order that a value is wanted in and
+    was not produced in, however many want it."""
+    producers, consumers = wiring(graph)
+    found = [
+        Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path)
+        for node, mode in zip(graph.nodes, modes, strict=True)
+        if node.moved is not None and mode is node.modes[0]
+        for described in (graph.values[node.results[0]],)
+        if moves_data(described.shape, node.moved, mode.results[0])
+    ]
+    for value, (producer, slot) in producers.items():
+        described, held = graph.values[value], modes[producer].results[slot]
+        made = {held}
+        for consumer, slots in consumers[value].items():
+            for wanted in (modes[consumer].operands[s] for s in slots):
+                if wanted not in made:
+                    made.add(wanted)
+                    if moves_data(described.shape, held, wanted):
+                        path = graph.nodes[consumer].path
+                        found.append(Conversion(described.shape, str(described.dtype), held, wanted, path))
+    return tuple(found)
+
+
+def _choices(graph: LayoutGraph, modes: Sequence[Mode]) -> dict:
+    """The modes that are not what the user wrote, and all convolutions where there is any such; a call's is put
+    together from what passes into and out of it."""
+    if all(mode is node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True)):
+        return {}
+    choices = {}
+    through: dict = defaultdict(lambda: ({}, {}))
+    for node, mode in zip(graph.nodes, modes, strict=True):
+        if node.kind in ("enter", "leave"):
+            side = through[node.path][node.kind == "leave"]
+            side[node.slot] = mode.operands[0]
+        elif mode is not node.modes[0] or node.kind == "site":
+            choices[node.path] = mode
+    for path, (entered, left) in through.items():
+        mode = Mode(tuple(o for _, o in sorted(entered.items())), tuple(o for _, o in sorted(left.items())))
+        if any(order != identity(len(order)) for order in (*mode.operands, *mode.results)):
+            choices[path] = mode
+    return choices

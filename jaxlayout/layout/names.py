@@ -1,0 +1,148 @@
+"""Named layouts of convolutions: `ConvLayout` (NCHW ...), `KernelLayout` (OIHW ...), and the three of one
+convolution together, `ConvDimensionNumbers`.
+
+A layout names the role of each axis of an array: for images N (batch) and C (features), for kernels O
+(output features) and I (input features of one group), and the spatial axes, which are written W, HW or
+DHW for one to three of them and by digits beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from jax import lax
+
+from jaxlayout.layout.order import Order
+
+
+def spatial_names(rank: int) -> str:
+    """The letters of `rank` spatial axes: '', 'W', 'HW', 'DHW', then '0123'."""
+    return "DHW"[3 - rank :] if rank <= 3 else "".join(map(str, range(rank)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    axes: str
+    """The role of each axis, first axis first."""
+
+    features: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        axes = self.axes.upper()
+        spatial = [a for a in axes if a not in self.features]
+        names = spatial_names(len(spatial))
+        if all(a.isdigit() for a in spatial):
+            axes = axes.translate(str.maketrans("".join(sorted(spatial)), names))
+        if sorted(axes) != sorted(self.features + names):
+            one, two = self.features
+            raise ValueError(
+                f"{type(self).__name__}({self.axes!r}): expected {one}, {two} and the spatial axes "
+                f"{names or '(none)'}, each once, in any order"
+            )
+        object.__setattr__(self, "axes", axes)
+
+    def __str__(self) -> str:
+        return self.axes
+
+    @property
+    def spatial(self) -> str:
+        """The spatial axes in their logical order (D before H before W), wherever they stand."""
+        return spatial_names(len(self.axes) - 2)
+
+    @property
+    def spec(self) -> tuple[int, ...]:
+        """As `jax.lax` counts it: where the two feature axes and then the spatial axes stand."""
+        return tuple(self.axes.index(a) for a in self.features + self.spatial)
+
+    @classmethod
+    def from_spec(cls, spec: Sequence[int]) -> Self:
+        """The inverse of `spec`."""
+        names = cls.features + spatial_names(len(spec) - 2)
+        return cls("".join(name for _, name in sorted(zip(spec, names, strict=True))))
+
+    def permutation_from(self, other: Self) -> Order:
+        """The permutation that takes an array laid out as `other` to this layout."""
+        if sorted(self.axes) != sorted(other.axes):
+            raise ValueError(f"{other} has not the axes of {self}")
+        return tuple(other.axes.index(a) for a in self.axes)
+
+
+class ConvLayout(_Layout):
+    """The axes of an image batch, lhs or out: N, C and the spatial ones, in any order."""
+
+    __slots__ = ()
+    features = "NC"
+
+    @classmethod
+    def channels_last(cls, spatial: int) -> ConvLayout:
+        """NWC, NHWC, NDHWC."""
+        return cls(f"N{spatial_names(spatial)}C")
+
+    @classmethod
+    def channels_first(cls, spatial: int) -> ConvLayout:
+        """NCW, NCHW, NCDHW."""
+        return cls(f"NC{spatial_names(spatial)}")
+
+    @property
+    def is_channels_first(self) -> bool:
+        """Whether the features come before every spatial axis."""
+        return all(self.axes.index("C") < self.axes.index(a) for a in self.spatial)
+
+    @property
+    def is_channels_last(self) -> bool:
+        """Whether the features are the last axis."""
+        return self.axes[-1] == "C"
+
+
+class KernelLayout(_Layout):
+    """The axes of a kernel, rhs: O, I and the spatial ones, in any order."""
+
+    __slots__ = ()
+    features = "OI"
+
+    @classmethod
+    def io_last(cls, spatial: int) -> KernelLayout:
+        """WIO, HWIO, DHWIO: what goes with channels last in most libraries."""
+        return cls(f"{spatial_names(spatial)}IO")
+
+    @classmethod
+    def oi_first(cls, spatial: int) -> KernelLayout:
+        """OIW, OIHW, OIDHW: what goes with channels first in most libraries."""
+        return cls(f"OI{spatial_names(spatial)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ConvDimensionNumbers:
+    """The layouts of one convolution's lhs, rhs and out, each free of the others."""
+
+    lhs: ConvLayout
+    rhs: KernelLayout
+    out: ConvLayout
+
+    def __str__(self) -> str:
+        return f"{self.lhs},{self.rhs}->{self.out}"
+
+    @classmethod
+    def parse(cls, text: str) -> ConvDimensionNumbers:
+        """From 'NHWC,HWIO->NHWC'."""
+        try:
+            operands, out = text.split("->")
+            lhs, rhs = operands.split(",")
+        except ValueError:
+            raise ValueError(f"{text!r}: expected dimension numbers such as 'NHWC,HWIO->NHWC'") from None
+        return cls(ConvLayout(lhs.strip()), KernelLayout(rhs.strip()), ConvLayout(out.strip()))
+
+    @classmethod
+    def from_lax(cls, numbers: lax.ConvDimensionNumbers) -> ConvDimensionNumbers:
+        """From what a `conv_general_dilated` equation carries."""
+        return cls(
+            ConvLayout.from_spec(numbers.lhs_spec),
+            KernelLayout.from_spec(numbers.rhs_spec),
+            ConvLayout.from_spec(numbers.out_spec),
+        )
+
+    def to_lax(self) -> lax.ConvDimensionNumbers:
+        """As `jax.lax` wants it."""
+        return lax.ConvDimensionNumbers(self.lhs.spec, self.rhs.spec, self.out.spec)

@@ -1,0 +1,95 @@
+"""What a program is, whatever it is called: a canonical hash of a jaxpr, and how many transposes it has."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax.extend.core import Literal, jaxprs_in_params
+
+from jaxlayout._compat import open_jaxpr
+from jaxlayout.layout import identity, moves_data
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramKey:
+    """Equal keys: the same plan serves. Constants enter by shape and dtype, the user's functions by name."""
+
+    function: str
+    """A hash of everything."""
+    skeleton: str
+    """A hash of everything but sizes: equal for one network at two batch sizes."""
+    sizes: tuple[int, ...]
+    """The sizes of all arguments' axes."""
+
+
+def program_key(jaxpr: Any) -> ProgramKey:
+    """The key of a closed jaxpr."""
+    full, bare = hashlib.sha256(), hashlib.sha256()
+    for exact, rough in _tokens(jaxpr):
+        full.update(exact.encode() + b"\0")
+        bare.update(rough.encode() + b"\0")
+    inner = open_jaxpr(jaxpr)
+    sizes = tuple(int(s) for v in inner.invars for s in getattr(v.aval, "shape", ()) if isinstance(s, int))
+    return ProgramKey(full.hexdigest()[:32], bare.hexdigest()[:32], sizes)
+
+
+def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Exact and size-free text of a jaxpr, piece by piece."""
+    inner = open_jaxpr(jaxpr)
+    numbers: dict[Any, int] = {}
+
+    def name(atom: Any) -> tuple[str, str]:
+        if isinstance(atom, Literal):
+            return f"={_plain(atom.val)}:{atom.aval}", f"={getattr(atom.aval, 'ndim', '')}"
+        number = numbers.setdefault(atom, len(numbers))
+        return f"{number}:{atom.aval}", f"{number}:{len(getattr(atom.aval, 'shape', ()))}"
+
+    for var in (*inner.constvars, *inner.invars):
+        yield name(var)
+    yield "in", "in"
+    for eqn in inner.eqns:
+        yield str(eqn.primitive), str(eqn.primitive)
+        for param, value in sorted(eqn.params.items()):
+            if not list(jaxprs_in_params({param: value})):
+                yield f"{param}={_plain(value)}", param
+        for sub in jaxprs_in_params(eqn.params):
+            yield from _tokens(sub)
+        for atom in (*eqn.invars, *eqn.outvars):
+            yield name(atom)
+    for atom in inner.outvars:
+        yield name(atom)
+
+
+def _plain(value: Any) -> str:
+    """Text of a parameter that is the same in every process."""
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
+    if callable(value) and not isinstance(value, type):
+        return getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, tuple | list):
+        return f"({','.join(map(_plain, value))})"
+    if isinstance(value, dict):
+        return f"({','.join(f'{k}:{_plain(v)}' for k, v in value.items())})"
+    return re.sub(r" at 0x[0-9a-f]+", "", str(value))
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of called jaxprs too."""
+    for eqn in open_jaxpr(jaxpr).eqns:
+        yield eqn
+        for sub in jaxprs_in_params(eqn.params):
+            yield from equations(sub)
+
+
+def count_transposes(jaxpr: Any) -> int:
+    """How many transposes of a program move data."""
+    return sum(
+        eqn.primitive.name == "transpose"
+        and moves_data(eqn.invars[0].aval.shape, identity(eqn.invars[0].aval.ndim), eqn.params["permutation"])
+        for eqn in equations(jaxpr)
+    )

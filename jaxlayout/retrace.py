@@ -1,0 +1,147 @@
+"""The interpreter: a program under a plan, with explicit transposes exactly where the plan has conversions.
+
+Every equation is bound in sequence, in its own name scope and source line, so effects happen as often and in
+the order they did. A value is converted at most once to each order in the jaxpr that it lives in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax.extend import source_info_util
+from jax.extend.core import Literal
+
+from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr
+from jaxlayout.convs.primitive import CONVOLUTIONS, conv_params, tuned_conv
+from jaxlayout.graph.build import Mode, Path
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.rules import Orders, RegionRule, Rule, rule_for
+from jaxlayout.layout import LayoutTensor, Order, identity
+
+
+def retrace(jaxpr: Any, plan: Plan) -> Callable[..., list[Any]]:
+    """A function of the jaxpr's flat arguments that computes the same flat results under the plan.
+
+    Raises ValueError where the plan does not fit the program.
+    """
+
+    def run(*args: Any) -> list[Any]:
+        outs = _Interpreter(plan.choices).region(jaxpr, [_held(x, _written(x)) for x in args], ())
+        return [_in_order(x, _written(x)) for x in outs]
+
+    return run
+
+
+class _Held:
+    """A value in the order it was produced in, with the conversions of it made so far."""
+
+    __slots__ = ("made",)
+
+    def __init__(self, tensor: LayoutTensor):
+        self.made: dict[Order, LayoutTensor] = {tensor.order: tensor}
+
+    def to(self, order: Order) -> LayoutTensor:
+        if order not in self.made:
+            self.made[order] = next(iter(self.made.values())).to(order)
+        return self.made[order]
+
+
+def _held(array: Any, order: Order) -> Any:
+    """A value of the interpreter; scalars (which have no order) and what is no array stay as they are."""
+    return _Held(LayoutTensor(array, order)) if order else array
+
+
+def _in_order(value: Any, order: Order) -> Any:
+    return value.to(order).data if isinstance(value, _Held) else value
+
+
+def _written(value: Any) -> Order:
+    """The user's order of an array or value."""
+    return identity(len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ())))
+
+
+class _Interpreter:
+    def __init__(self, choices: Mapping[Path, Mode]):
+        self.choices = choices
+        # Repeated blocks share one inner jaxpr: rebuilt the same way they are one function again.
+        self.bodies: dict[Any, Callable[..., list[Any]]] = {}
+        self.inside: dict[Path, tuple[tuple[Path, Mode], ...]] = {}
+        for path, mode in choices.items():
+            for n in range(1, len(path)):
+                self.inside[path[:n]] = (*self.inside.get(path[:n], ()), (path[n:], mode))
+
+    def region(self, jaxpr: Any, args: Sequence[Any], path: Path) -> list[Any]:
+        inner = open_jaxpr(jaxpr)
+        env: dict[Any, Any] = {}
+        for var, const in zip(inner.constvars, consts_of(jaxpr), strict=True):
+            env[var] = _held(const, identity(len(getattr(const, "shape", ()))))
+        env.update(zip(inner.invars, args, strict=True))
+
+        def read(atom: Any) -> Any:
+            if not isinstance(atom, Literal):
+                return env[atom]
+            return _held(atom.val, identity(atom.aval.ndim)) if getattr(atom.aval, "ndim", 0) else atom.val
+
+        for i, eqn in enumerate(inner.eqns):
+            operands = [read(atom) for atom in eqn.invars]
+            with equation_scope(eqn):
+                results = self.equation(eqn, operands, (*path, i))
+            env.update(zip(eqn.outvars, results, strict=True))
+        return [read(atom) for atom in inner.outvars]
+
+    def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
+        mode = self.choices.get(path)
+        orders = _orders(eqn, mode, path)
+        arrays = [_in_order(x, order) for x, order in zip(operands, orders.operands, strict=True)]
+        rule = rule_for(eqn.primitive)
+        if path in self.inside or (mode is not None and isinstance(rule, RegionRule)):
+            outs = self.call(eqn, rule, arrays, orders, path)
+        elif mode is None:
+            outs = bind_equation(eqn, arrays)
+        elif mode.candidate is not None:
+            if eqn.primitive not in CONVOLUTIONS:
+                raise _misfit(eqn, path, "is not a convolution")
+            params = conv_params(eqn.params) | {"dimension_numbers": mode.candidate.dims.to_lax()}
+            outs = [tuned_conv(*arrays, lowering=mode.candidate.lowering, **params)]
+        elif isinstance(rule, Rule):
+            outs = rule.apply(eqn, arrays, orders)
+        else:
+            raise _misfit(eqn, path, "has no rule for other orders")
+        return [_held(out, order) for out, order in zip(outs, orders.results, strict=True)]
+
+    def call(self, eqn: Any, rule: Any, arrays: Sequence[Any], orders: Orders, path: Path) -> list[Any]:
+        jaxpr = rule.body(eqn) if isinstance(rule, RegionRule) else None
+        if jaxpr is None:
+            raise _misfit(eqn, path, "cannot be entered")
+        key = (id(open_jaxpr(jaxpr)), orders, self.inside.get(path, ()))
+        if key not in self.bodies:
+
+            def body(*args: Any) -> list[Any]:
+                held = [_held(x, order) for x, order in zip(args, orders.operands, strict=True)]
+                outs = self.region(jaxpr, held, path)
+                return [_in_order(x, order) for x, order in zip(outs, orders.results, strict=True)]
+
+            body.__name__ = body.__qualname__ = str(eqn.params.get("name", eqn.primitive))
+            self.bodies[key] = body
+        return rule.rebuild(eqn, self.bodies[key], arrays, orders)
+
+
+def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:
+    def rank(atom: Any) -> int:
+        return len(getattr(atom.aval, "shape", ()))
+
+    if mode is None:
+        return Orders(
+            tuple(identity(rank(v)) for v in eqn.invars), tuple(identity(rank(v)) for v in eqn.outvars)
+        )
+    ranks = [rank(v) for v in (*eqn.invars, *eqn.outvars)]
+    if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
+        raise _misfit(eqn, path, "has other operands or results than the plan says")
+    return Orders(mode.operands, mode.results)
+
+
+def _misfit(eqn: Any, path: Path, why: str) -> ValueError:
+    shapes = ", ".join(str(v.aval) for v in eqn.invars)
+    line = source_info_util.summarize(eqn.source_info)
+    return ValueError(f"the plan does not fit: equation {path} {eqn.primitive}({shapes}) {why} [{line}]")

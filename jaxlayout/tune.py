@@ -1,0 +1,304 @@
+"""The line of stages, run once for one program: graph, measure, solve, retrace, accept."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlayout._compat import eval_equations, open_jaxpr
+from jaxlayout.accept import Verdict, accept, draw_arguments
+from jaxlayout.convs.candidates import Candidate, candidates
+from jaxlayout.convs.lowering import lowerings
+from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.convs.signature import Context, ConvSignature
+from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.lock import timing_lock
+from jaxlayout.costs.measure import measure
+from jaxlayout.costs.model import CostModel
+from jaxlayout.costs.table import CostTable
+from jaxlayout.graph.build import LayoutGraph, Path, build_graph
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.rules.base import rule_names
+from jaxlayout.graph.solve import solve
+from jaxlayout.layout import LayoutPolicy
+from jaxlayout.options import Options
+from jaxlayout.program import ProgramKey, equations, program_key
+from jaxlayout.progress import Progress, Silent
+from jaxlayout.retrace import retrace
+
+logger = logging.getLogger("jaxlayout")
+
+MEMORY_ATTEMPTS = 3
+"""How often the solver is asked again without the candidates that need most memory."""
+
+
+class TableMiss(LookupError):
+    """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What tuning a program came to."""
+
+    plan: Plan
+    verdict: Verdict
+    source: str
+    """Where the plan came from: measured, stored, pinned, nearest (measured, starting from the plan of another
+    shape), heuristic, or none."""
+    seconds: float = 0.0
+    """Spent on tuning when the plan was made."""
+    measured: int = 0
+    """How many convolutions and transposes were timed for it."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the rewritten function runs."""
+        return self.verdict.kept and not self.plan.trivial
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self) | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Outcome:
+        """The inverse of `to_json`; ValueError for anything else."""
+        try:
+            plan, verdict = Plan.from_json(data["plan"]), Verdict.from_json(data["verdict"])
+            return cls(**(data | {"plan": plan, "verdict": verdict}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an outcome: {error!r}") from error
+
+
+@dataclass(slots=True)
+class Budget:
+    """The seconds of measuring that a process has left."""
+
+    spent: float = 0.0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def left(self, options: Options) -> float:
+        """Of what the options allow."""
+        return options.time_budget - self.spent
+
+
+process_budget = Budget()
+_tables: dict[str | None, CostTable] = {}
+
+
+def open_table(path: str | None) -> CostTable:
+    """The process's one table for a path."""
+    return _tables.setdefault(path, CostTable(path))
+
+
+def untouched(reason: str) -> Outcome:
+    """The outcome for a program that is left as it is."""
+    return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause="untried"), source="none")
+
+
+def tune(
+    jaxpr: Any,
+    args: Sequence[Any] | None,
+    options: Options,
+    *,
+    context: Context = "entry",
+    pinned: Plan | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+) -> Outcome:
+    """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
+
+    `args`: flat arguments to judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a
+    pinned plan that does not fit; whatever else goes wrong leaves the program as it is, with the reason.
+    """
+    progress, stop = progress or Silent(), stop or threading.Event()
+    sites = [eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS]
+    if not sites:
+        return untouched("it has no convolution")
+    if pinned is not None:
+        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
+    if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
+        return untouched("its shapes are symbolic")
+    line = _Line(jaxpr, args, options, context, progress, stop)
+    if (stored := line.stored()) is not None:
+        return replace(stored, source="stored")
+    start = time.monotonic()
+    outcome = replace(line.run(), seconds=time.monotonic() - start)
+    if not stop.is_set() and outcome.source != "heuristic":
+        line.store(outcome)
+    return outcome
+
+
+class _Line:
+    """One run of the stages; what several of them need."""
+
+    def __init__(
+        self,
+        jaxpr: Any,
+        args: Sequence[Any] | None,
+        options: Options,
+        context: Context,
+        progress: Progress,
+        stop: threading.Event,
+    ):
+        self.jaxpr, self.args, self.options, self.context = jaxpr, args, options, context
+        self.progress, self.stop = progress, stop
+        self.device = jax.config.jax_default_device or jax.devices()[0]
+        self.table = open_table(options.table)
+        self.key: ProgramKey = program_key(jaxpr)
+        versions = {name: lowering.version for name, lowering in lowerings().items()}
+        rules = {"rules": ",".join(rule_names()), "numerics": options.numerics}
+        self.environment = current_environment(self.device).fingerprint
+        choices = {"context": context, "memory": options.memory_limit, "verdict": options.verdict}
+        self.plans = current_environment(self.device, versions | rules | choices).fingerprint
+        self.model = CostModel(
+            self.table,
+            self.environment if options.numerics == "strict" else self.environment + "-relaxed",
+            LayoutPolicy.for_platform(self.device.platform),
+            context,
+        )
+
+    def stored(self) -> Outcome | None:
+        text = self.table.load_plan(self.plans, self.key.function)
+        return None if text is None else self.parsed(text)
+
+    def parsed(self, text: str) -> Outcome | None:
+        try:
+            return Outcome.from_json(json.loads(text))
+        except ValueError as error:
+            logger.warning("a stored plan cannot be read and is made anew: %s", error)
+            return None
+
+    def store(self, outcome: Outcome) -> None:
+        sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
+        self.table.store_plan(self.plans, self.key.function, self.key.skeleton, sizes, payload)
+
+    def nearest(self) -> dict[Path, Candidate]:
+        """What the plan of the same program at the nearest sizes chose."""
+
+        def distance(sizes: Sequence[int]) -> float:
+            ratios = np.log(np.maximum(sizes, 1)) - np.log(np.maximum(self.key.sizes, 1))
+            return float(np.abs(ratios).sum())
+
+        found = [
+            (distance(json.loads(sizes)), outcome)
+            for _, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self.parsed(payload)) is not None
+        ]
+        if not found:
+            return {}
+        choices = min(found, key=lambda pair: pair[0])[1].plan.choices
+        return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
+
+    def graph(self, near: dict[Path, Candidate]) -> LayoutGraph:
+        """The graph; with a nearest plan, only what it uses stands for choice beside what is written."""
+        wanted = set(near.values())
+
+        def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
+            ways = candidates(conv, written)
+            return [way for way in ways if way == written or way in wanted] if near else ways
+
+        return build_graph(self.jaxpr, enumerate_candidates, self.context)
+
+    def run(self) -> Outcome:
+        near = self.nearest()
+        graph = self.graph(near)
+        measured = self.measure(graph)
+        if self.stop.is_set():
+            return untouched("tuning was interrupted")
+        source = "nearest" if near else "measured"
+        if self.options.on_miss == "heuristic" and not measured and any(True for _ in self.model.missing(graph)):
+            source = "heuristic"
+        outcome = untouched("")
+        for _ in range(MEMORY_ATTEMPTS):
+            self.progress.stage("solving")
+            plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
+            verdict = self.judge(plan)
+            outcome = Outcome(plan=plan, verdict=verdict, source=source, measured=measured)
+            if verdict.cause != "memory" or not self.forbid_hungriest(graph, plan):
+                break
+        return outcome
+
+    def measure(self, graph: LayoutGraph) -> int:
+        """Fill the table with what the graph asks for, inside the budget. Gives the number of jobs done."""
+        jobs = list(self.model.missing(graph))
+        if not jobs or self.options.on_miss == "heuristic":
+            return 0
+        if self.options.on_miss == "error":
+            raise TableMiss(f"the table {self.table.path} lacks {len(jobs)} measurements, first: {jobs[0].key}")
+        done = 0
+        self.progress.stage("measuring", len(jobs))
+        for job in jobs:
+            if self.stop.is_set() or process_budget.left(self.options) <= 0:
+                logger.info("measured %d of %d, then stopped", done, len(jobs))
+                break
+            with timing_lock(notify=logger.info), process_budget.lock:
+                start = time.monotonic()
+                relax = 1.0 if self.options.numerics == "strict" else 100.0
+                self.model.record(job.key, measure(job, device=self.device, relax=relax))
+                process_budget.spent += time.monotonic() - start
+            done += 1
+            self.progress.step()
+        return done
+
+    def judge(self, plan: Plan) -> Verdict:
+        """Rewritten against original, as whole functions."""
+        if plan.trivial:
+            return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
+        if open_jaxpr(self.jaxpr).effects:
+            # It must not run on made-up data, nor once more than the user asked: the model alone decides.
+            kept = plan.predicted_ns < plan.written_ns
+            return Verdict(kept=kept, reason="not run on trial: it has side effects", cause="untried")
+        self.progress.stage("judging")
+
+        def original(*flat: Any) -> list[Any]:
+            return eval_equations(self.jaxpr, flat, lambda eqn, operands: None)
+
+        args = self.args
+        with timing_lock(notify=logger.info):
+            if args is None:
+                avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
+                args = draw_arguments(avals, jax.jit(original))
+            if args is None:
+                reason = "not run on trial: its outputs are not alive on made-up arguments"
+                return Verdict(kept=plan.predicted_ns < plan.written_ns, reason=reason, cause="untried")
+            return accept(
+                original,
+                retrace(self.jaxpr, plan),
+                args,
+                contraction=self.contraction(),
+                memory_limit=self.options.memory_limit,
+                timed=self.options.verdict,
+            )
+
+    def contraction(self) -> int:
+        """The products summed along all convolutions and dots, one after the other."""
+        total = 0
+        for eqn in equations(self.jaxpr):
+            if eqn.primitive in CONVOLUTIONS:
+                total += ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params).contraction
+            elif eqn.primitive.name == "dot_general":
+                contracted = eqn.params["dimension_numbers"][0][0]
+                total += int(np.prod([eqn.invars[0].aval.shape[a] for a in contracted], dtype=np.int64))
+        return total
+
+    def forbid_hungriest(self, graph: LayoutGraph, plan: Plan) -> bool:
+        """Rule out the chosen candidates that need more than half of the most temporary memory among them."""
+        chosen: dict[tuple[str, Candidate], int] = {}
+        for node in graph.sites:
+            mode = plan.choices.get(node.path)
+            if node.conv is None or mode is None or mode.candidate is None or mode is node.modes[0]:
+                continue
+            found = self.model.measurement(node.conv, mode.candidate)
+            chosen[node.conv.key, mode.candidate] = (found and found.temp_bytes) or 0
+        most = max(chosen.values(), default=0)
+        hungry = {key for key, need in chosen.items() if need > most / 2}
+        self.model.forbidden |= hungry
+        return bool(hungry)
