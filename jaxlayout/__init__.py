@@ -1,7 +1,7 @@
 """jaxlayout: JAX convolutions in the layouts and forms that are fastest on this machine, by one decorator.
 
-    @auto_layout
-    def predict(params, images): ...
+@auto_layout
+def predict(params, images): ...
 """
 
 from jaxlayout.api import AutoLayout, auto_layout

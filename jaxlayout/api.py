@@ -140,7 +140,9 @@ class AutoLayout:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
         seen: list[tuple[Any, Outcome]] = []
         jit = jit_settings(self.__wrapped__, args, kwargs) if self._jitted_already else self._jit
-        if not any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))):
+        if not any(
+            isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))
+        ):
             self._concrete.args = args, kwargs
         try:
             jax.jit(self._body("entry", seen.append), **jit).trace(*args, **kwargs)
@@ -190,7 +192,9 @@ class AutoLayout:
                 break
             if isinstance(leaf, jax.core.Tracer):
                 return None
-            if np.shape(leaf) == wanted.shape and isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
+            if np.shape(leaf) == wanted.shape and isinstance(
+                leaf, jax.Array | np.ndarray | np.generic | int | float
+            ):
                 keys = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
                 found.append(leaf if keys else jax.numpy.asarray(leaf, wanted.dtype))
                 wanted = next(dynamic, None)
@@ -207,7 +211,13 @@ class AutoLayout:
                 for setting in settings:
                     stack.enter_context(setting)
                 return tune(
-                    jaxpr, args, self.options, context=context, pinned=self._plan, progress=progress, stop=stop
+                    jaxpr,
+                    args,
+                    self.options,
+                    context=context,
+                    pinned=self._plan,
+                    progress=progress,
+                    stop=stop,
                 )
 
         with ThreadPoolExecutor(1, thread_name_prefix="jaxlayout") as pool:
@@ -227,5 +237,4 @@ def _thread_settings() -> list[Any]:
         jax.default_device(config.jax_default_device),
         jax.enable_x64(config.jax_enable_x64),
         jax.debug_nans(False),
-        jax.checking_leaks(False),
     ]

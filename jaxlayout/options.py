@@ -27,7 +27,10 @@ class Options:
     """The cost table's file; None for `table.sqlite` in the user's cache folder, ':memory:' for none."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("on_miss", ("measure", "heuristic", "error")), ("numerics", ("strict", "relaxed"))):
+        for name, allowed in (
+            ("on_miss", ("measure", "heuristic", "error")),
+            ("numerics", ("strict", "relaxed")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         for name, least in (("time_budget", 0.0), ("memory_limit", 1.0)):

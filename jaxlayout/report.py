@@ -9,8 +9,7 @@ from typing import Any
 from jax.extend import source_info_util
 
 from jaxlayout.convs.candidates import candidates
-from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import Path, build_graph
 from jaxlayout.options import Options
 from jaxlayout.program import count_transposes
@@ -55,7 +54,9 @@ class Explanation:
         for site in self.sites:
             lines.append(f"  {site.line}: {site.conv}\n    {site.written}  =>  {site.chosen}")
         for c in plan.conversions:
-            lines.append(f"  conversion of {c.dtype}{list(c.shape)} {list(c.held)} -> {list(c.wanted)} for {c.before}")
+            lines.append(
+                f"  conversion of {c.dtype}{list(c.shape)} {list(c.held)} -> {list(c.wanted)} for {c.before}"
+            )
         if self.barriers:
             lines.append("  barriers (no rule, operands in the order written): " + ", ".join(self.barriers))
         return "\n".join(lines)
@@ -69,7 +70,12 @@ def explain(jaxpr: Any, outcome: Outcome, options: Options) -> Explanation:
     for node in graph.sites:
         mode = outcome.plan.choices.get(node.path, node.modes[0])
         sites.append(
-            Site(lines.get(node.path, "?"), str(node.conv and node.conv.key), str(node.modes[0].candidate), str(mode.candidate))
+            Site(
+                lines.get(node.path, "?"),
+                str(node.conv and node.conv.key),
+                str(node.modes[0].candidate),
+                str(mode.candidate),
+            )
         )
     barriers = Counter(node.name for node in graph.barriers)
     return Explanation(

@@ -58,7 +58,9 @@ def _in_order(value: Any, order: Order) -> Any:
 
 def _written(value: Any) -> Order:
     """The user's order of an array or value."""
-    return identity(len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ())))
+    return identity(
+        len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ()))
+    )
 
 
 class _Interpreter:

@@ -6,8 +6,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.lock import timing_lock
-from jaxlayout.costs.measure import measure
+from jaxlayout.costs.measure import Job, available_memory, measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
@@ -65,7 +66,8 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self) | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
+        rest = {"source": self.source, "seconds": self.seconds, "measured": self.measured}
+        return rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Outcome:
@@ -77,16 +79,25 @@ class Outcome:
             raise ValueError(f"not an outcome: {error!r}") from error
 
 
-@dataclass(slots=True)
 class Budget:
-    """The seconds of measuring that a process has left."""
+    """The seconds of measuring that a process has spent."""
 
-    spent: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    def __init__(self) -> None:
+        self._before = 0.0
+        self._since: float | None = None
 
-    def left(self, options: Options) -> float:
-        """Of what the options allow."""
-        return options.time_budget - self.spent
+    def spent(self) -> float:
+        """So far, the measuring under way included."""
+        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+    @contextmanager
+    def spending(self) -> Iterator[None]:
+        """Counts the time of a `with` block (one at a time: under the timing lock)."""
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._before, self._since = self.spent(), None
 
 
 process_budget = Budget()
@@ -123,8 +134,12 @@ def tune(
     if not sites:
         return untouched("it has no convolution")
     if pinned is not None:
-        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
-    if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
+        return Outcome(
+            plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned"
+        )
+    if any(
+        not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())
+    ):
         return untouched("its shapes are symbolic")
     line = _Line(jaxpr, args, options, context, progress, stop)
     if (stored := line.stored()) is not None:
@@ -210,43 +225,54 @@ class _Line:
     def run(self) -> Outcome:
         near = self.nearest()
         graph = self.graph(near)
-        measured = self.measure(graph)
-        if self.stop.is_set():
-            return untouched("tuning was interrupted")
-        source = "nearest" if near else "measured"
-        if self.options.on_miss == "heuristic" and not measured and any(True for _ in self.model.missing(graph)):
-            source = "heuristic"
-        outcome = untouched("")
+        missing = self.model.missing_convolutions(graph)
+        measured = self.measure("convolutions", missing)
+        outcome = untouched("tuning was interrupted")
         for _ in range(MEMORY_ATTEMPTS):
-            self.progress.stage("solving")
-            plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
-            verdict = self.judge(plan)
-            outcome = Outcome(plan=plan, verdict=verdict, source=source, measured=measured)
-            if verdict.cause != "memory" or not self.forbid_hungriest(graph, plan):
+            plan, more = self.solve(graph)
+            measured += more
+            if self.stop.is_set():
+                return outcome
+            source = "nearest" if near else "heuristic" if len(missing) > measured else "measured"
+            outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=measured)
+            if outcome.verdict.cause != "memory" or not self.forbid_hungriest(graph, plan):
                 break
         return outcome
 
-    def measure(self, graph: LayoutGraph) -> int:
-        """Fill the table with what the graph asks for, inside the budget. Gives the number of jobs done."""
-        jobs = list(self.model.missing(graph))
-        if not jobs or self.options.on_miss == "heuristic":
+    def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
+        """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
+        Those that no plan wants are never measured."""
+        measured = 0
+        while True:
+            self.progress.stage("solving")
+            plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
+            done = self.measure("conversions", self.model.missing_conversions(plan))
+            if not done:
+                return plan, measured
+            measured += done
+
+    def measure(self, what: str, jobs: Sequence[Job]) -> int:
+        """Time jobs into the table, inside the budget. Gives how many were."""
+        if not jobs or self.options.on_miss == "heuristic" or self.out_of_time():
             return 0
         if self.options.on_miss == "error":
-            raise TableMiss(f"the table {self.table.path} lacks {len(jobs)} measurements, first: {jobs[0].key}")
+            raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
+        self.progress.stage(f"measuring {what}", len(jobs))
         done = 0
-        self.progress.stage("measuring", len(jobs))
-        for job in jobs:
-            if self.stop.is_set() or process_budget.left(self.options) <= 0:
-                logger.info("measured %d of %d, then stopped", done, len(jobs))
-                break
-            with timing_lock(notify=logger.info), process_budget.lock:
-                start = time.monotonic()
-                relax = 1.0 if self.options.numerics == "strict" else 100.0
-                self.model.record(job.key, measure(job, device=self.device, relax=relax))
-                process_budget.spent += time.monotonic() - start
-            done += 1
-            self.progress.step()
+        with timing_lock(notify=logger.info), process_budget.spending():
+            relax = 1.0 if self.options.numerics == "strict" else 100.0
+            memory = available_memory(self.device)
+            for job, found in measure(jobs, device=self.device, memory_bytes=memory, relax=relax):
+                self.model.record(job.key, found)
+                done += 1
+                self.progress.step()
+                if self.out_of_time():
+                    logger.info("%d of %d %s measured, then stopped", done, len(jobs), what)
+                    break
         return done
+
+    def out_of_time(self) -> bool:
+        return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
 
     def judge(self, plan: Plan) -> Verdict:
         """Rewritten against original, as whole functions."""

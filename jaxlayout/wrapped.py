@@ -20,7 +20,9 @@ def jit_settings(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Shardings and physical formats stay with the inner jit.
     """
     probe = _Neither()
-    static_argnums = tuple(i for i in range(len(args)) if _is_static(jitted, _replaced(args, i, probe), kwargs))
+    static_argnums = tuple(
+        i for i in range(len(args)) if _is_static(jitted, _replaced(args, i, probe), kwargs)
+    )
     static_argnames = tuple(name for name in kwargs if _is_static(jitted, args, kwargs | {name: probe}))
     traced = jitted.trace(*args, **kwargs)
     info_args, info_kwargs = traced.args_info
@@ -60,7 +62,11 @@ def _donated(info: Any) -> bool:
 
 
 def _jit_equation(
-    jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], static: tuple[int, ...], names: tuple[str, ...]
+    jitted: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    static: tuple[int, ...],
+    names: tuple[str, ...],
 ) -> Any:
     """The jit equation that a call of the function is."""
     fixed = {name: kwargs[name] for name in names}

@@ -29,32 +29,38 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 @pytest.fixture(scope="module")
+def shapes(model: Model) -> Any:
+    return model.shapes()
+
+
+@pytest.fixture(scope="module")
 def small(model: Model) -> Run:
     apply, params, images = model.build(2, 32, jax.random.key(0))
     return Run(apply, params, images, jax.jit(apply)(params, images))
 
 
-def full_size(model: Model) -> tuple[Any, jax.ShapeDtypeStruct]:
-    """Abstract parameters and images."""
-    shape = (3, model.size, model.size) if model.order == "NCHW" else (model.size, model.size, 3)
-    return model.shapes(), jax.ShapeDtypeStruct((model.batch, *shape), jnp.float32)
-
-
-def test_parameter_count(model):
-    leaves = jax.tree.leaves_with_path(model.shapes())
+def test_parameter_count(model, shapes):
+    leaves = jax.tree.leaves_with_path(shapes)
     assert sum(prod(leaf.shape) for path, leaf in leaves if role(path) not in STATISTICS) == model.parameters
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-def test_full_size_gives_logits_of_the_dtype_it_is_given(model, dtype):
+def test_full_size_gives_logits_of_the_dtype_it_is_given(model, shapes, dtype):
+    shape = (3, model.size, model.size) if model.order == "NCHW" else (model.size, model.size, 3)
+    images = jax.ShapeDtypeStruct((model.batch, *shape), jnp.float32)
     with jax.enable_x64(True):
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), full_size(model))
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (shapes, images))
         logits = jax.eval_shape(model.apply, *abstract)
     assert (logits.shape, logits.dtype) == ((model.batch, 1000), dtype)
 
 
-def test_parameters_are_of_the_declared_shapes(model, small):
-    declared = [(path, a.shape, a.dtype) for path, a in jax.tree.leaves_with_path(model.shapes())]
+def test_parameters_are_float32_whatever_the_default(model):
+    with jax.enable_x64(True):
+        assert {leaf.dtype for leaf in jax.tree.leaves(model.shapes())} == {jnp.dtype("float32")}
+
+
+def test_parameters_are_of_the_declared_shapes(shapes, small):
+    declared = [(path, a.shape, a.dtype) for path, a in jax.tree.leaves_with_path(shapes)]
     assert [(path, a.shape, a.dtype) for path, a in jax.tree.leaves_with_path(small.params)] == declared
 
 

@@ -7,7 +7,6 @@ NumPy draws them: the same numbers whatever the JAX, and no compilation for each
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -47,7 +46,6 @@ def flax_model(name: str, module: Any, parameters: int) -> Model:
     def apply(params: Params, images: jax.Array) -> jax.Array:
         return module.apply(params, images)
 
-    @functools.cache
     def shapes() -> Params:
         image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
         return jax.eval_shape(module.init, jax.random.key(0), image)

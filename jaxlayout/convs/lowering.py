@@ -32,7 +32,9 @@ class Lowering(ABC):
         return rhs
 
     @abstractmethod
-    def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
+    def apply(
+        self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any
+    ) -> jax.Array:
         """out, in the layout `dims.out` and of dtype `conv.out_dtype`."""
 
 

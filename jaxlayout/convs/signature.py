@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jax import lax
 
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
@@ -111,9 +110,7 @@ class ConvSignature:
             dilated(s, d) + lo + hi
             for s, d, (lo, hi) in zip(self.spatial, self.lhs_dilation, self.padding, strict=True)
         ]
-        return tuple(
-            max(0, (b - w) // s + 1) for b, w, s in zip(base, window, self.strides, strict=True)
-        )
+        return tuple(max(0, (b - w) // s + 1) for b, w, s in zip(base, window, self.strides, strict=True))
 
     @property
     def kernel_features(self) -> int:

@@ -8,11 +8,12 @@ It knows nothing of graphs and plans: a job is a convolution or a transpose with
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,6 @@ from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
-from jaxlayout.layout.order import permuted
 
 TOLERANCE = 3.0
 """c of the accuracy bound c*eps*sqrt(K). Rounding after each of K additions is a random walk with standard
@@ -178,6 +178,12 @@ class _Trial:
     status: Any = "ok"
     detail: str = ""
 
+    def warm_up(self) -> Any:
+        start = time.perf_counter_ns()
+        out = jax.block_until_ready(self.run())
+        self.inner = max(1, MIN_SAMPLE_NS // max(1, time.perf_counter_ns() - start))
+        return out
+
     def sample(self) -> None:
         start = time.perf_counter_ns()
         for _ in range(self.inner):
@@ -200,72 +206,85 @@ class _Trial:
         )
 
 
+CHUNK = 6
+"""Jobs compiled together, before any of them is timed: compiling beside timing would disturb it."""
+
+
 def measure(
-    job: Job, *, device: Any = None, memory_bytes: int | None = None, relax: float = 1.0
-) -> dict[str, Measurement]:
-    """Compile, check and time a job's alternatives on `device`. Takes as long as it takes (about half a second
-    for each alternative that stays in the race); one process of a machine should be here at a time.
+    jobs: Sequence[Job], *, device: Any, memory_bytes: int | None = None, relax: float = 1.0
+) -> Iterator[tuple[Job, dict[str, Measurement]]]:
+    """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
 
-    `memory_bytes`: a candidate with more temporary memory is not run. `relax`: multiplies the error allowed.
+    Takes about a tenth of a second to compile an alternative and half a second to time one that stays in the
+    race; one process of a machine should be here at a time. `memory_bytes`: a candidate with more temporary
+    memory is not run. `relax`: multiplies the error allowed.
     """
-    device = device or jax.devices()[0]
-    arrays, error_of = job.inputs()
-    on_device: dict[bytes, Any] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for start in range(0, len(jobs), CHUNK):
+            compiled = [_compile_all(job, device, pool) for job in jobs[start : start + CHUNK]]
+            for job, (futures, error_of) in zip(jobs[start : start + CHUNK], compiled, strict=True):
+                wait(futures.values())
+            for job, (futures, error_of) in zip(jobs[start : start + CHUNK], compiled, strict=True):
+                yield job, _measured(job, futures, error_of, memory_bytes, relax)
 
-    def put(array: np.ndarray) -> Any:
-        key = repr((array.shape, array.strides)).encode() + array.dtype.str.encode() + bytes([array.ndim])
+
+def _compile_all(job: Job, device: Any, pool: Executor) -> tuple[dict[str, Future[_Trial]], Any]:
+    """Start compiling a job's alternatives on inputs drawn for it; equal arrays are put on the device once."""
+    arrays, error_of = job.inputs()
+    on_device: dict[tuple[Any, ...], Any] = {}
+
+    def put(place: int, array: np.ndarray) -> Any:
+        key = place, array.shape, array.strides
         if key not in on_device:
             on_device[key] = jax.device_put(np.ascontiguousarray(array), device)
         return on_device[key]
 
+    def args(name: str) -> tuple[Any, ...]:
+        return tuple(put(i, array) for i, array in enumerate(arrays(name)))
+
+    futures = {
+        name: pool.submit(_compile, f, args(name), job.context) for name, f in job.alternatives.items()
+    }
+    return futures, error_of
+
+
+def _measured(
+    job: Job, futures: Mapping[str, Future[_Trial]], error_of: Any, memory_bytes: int | None, relax: float
+) -> dict[str, Measurement]:
     records: dict[str, Measurement] = {}
-    with ThreadPoolExecutor(2) as pool:
-        compiling = {
-            name: pool.submit(_compile, function, tuple(map(put, arrays(name))), job.context)
-            for name, function in job.alternatives.items()
-        }
-        trials: dict[str, _Trial] = {}
-        for name, future in compiling.items():
-            try:
-                trials[name] = future.result()
-            except Exception as error:  # whatever a lowering or the compiler raises is its result
-                records[name] = _failure("failed", repr(error))
+    trials: dict[str, _Trial] = {}
     same: dict[str, str] = {}
-    first: dict[str, str] = {}
+    programs: dict[str, str] = {}
     allowed = relax * job.bound(0.0)
-    for name, trial in list(trials.items()):
-        if memory_bytes is not None and (trial.temp_bytes or 0) > memory_bytes:
-            needs = f"needs {trial.temp_bytes} bytes of temporary memory, {memory_bytes} are allowed"
-            records[name] = _failure("memory", needs, trial)
-            del trials[name]
-            continue
-        if trial.program in first:
-            same[name] = first[trial.program]
-            del trials[name]
-            continue
+    for name, future in futures.items():
+        trial = None
         try:
-            start = time.perf_counter_ns()
-            out = jax.block_until_ready(trial.run())
-            took = time.perf_counter_ns() - start
+            trial = future.result()
+            if memory_bytes is not None and (trial.temp_bytes or 0) > memory_bytes:
+                needs = f"needs {trial.temp_bytes} bytes of temporary memory, {memory_bytes} are allowed"
+                records[name] = _failure("memory", needs, trial)
+                continue
+            if trial.program in programs:
+                same[name] = programs[trial.program]
+                continue
+            out = trial.warm_up()
             if error_of is not None:
                 trial.error = error_of(name, out if job.context == "entry" else out[-1])
-        except Exception as error:
+        except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
             records[name] = _failure("failed", repr(error), trial)
-            del trials[name]
             continue
-        if name == next(iter(job.alternatives)) and trial.error is not None:
+        if name == next(iter(futures)) and trial.error is not None:
             allowed = relax * job.bound(trial.error)
+        programs[trial.program] = name
         if trial.error is not None and trial.error > allowed:
             records[name] = _failure("wrong", f"error {trial.error:.3g}, allowed {allowed:.3g}", trial)
-            del trials[name]
-            continue
-        first[trial.program] = name
-        trial.inner = max(1, int(MIN_SAMPLE_NS // max(1, took)))
+        else:
+            trials[name] = trial
     _race(list(trials.values()))
     per_run = 1 if job.context == "entry" else LOOP
     records |= {name: trial.measurement(per_run) for name, trial in trials.items()}
     records |= {name: records[other] for name, other in same.items()}
-    return {name: records[name] for name in job.alternatives}
+    return {name: records[name] for name in futures}
 
 
 def _race(trials: list[_Trial]) -> None:
@@ -325,3 +344,11 @@ def _failure(status: Any, detail: str, trial: _Trial | None = None) -> Measureme
         program=trial.program if trial else "",
         detail=detail,
     )
+
+
+def available_memory(device: Any) -> int:
+    """Bytes that a candidate may take: half of what the device, or the host where it is the device, has left."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

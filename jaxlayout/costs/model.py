@@ -3,9 +3,12 @@ policy where not; and what is missing, as jobs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlayout.convs.candidates import Candidate
@@ -13,9 +16,9 @@ from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measure import Job, candidate_id, coalesced, conv_job, transpose_job, transpose_key
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.table import CostTable
-from jaxlayout.graph.build import LayoutGraph, Mode, Node, Value
-from jaxlayout.graph.solve import wiring
-from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy, Order, conversion, moves_data
+from jaxlayout.graph.build import LayoutGraph, Mode, Node
+from jaxlayout.graph.plan import Plan
+from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy, Order, conversion
 from jaxlayout.layout.order import permuted
 
 
@@ -73,55 +76,52 @@ class CostModel:
         nbytes = sum(int(np.prod(size)) for size in sizes) * conv.lhs_dtype.itemsize
         return self.policy.conv_ns(kind, candidate.lowering, candidate.dims, conv.macs, nbytes)
 
-    def conversion_ns(self, value: Value, held: Order, wanted: Order) -> float:
-        """The cost of one transpose."""
-        shape, permutation = coalesced(permuted(value.shape, held), conversion(held, wanted))
-        found = self.known(transpose_key(shape, value.dtype, permutation, self.context)).get("transpose")
+    def conversion_ns(self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
+        """The cost of one transpose of a value of logical `shape`; where it is not measured, less than it can
+        be, so that a plan whose own conversions are all measured is the best one whatever the others cost."""
+        _, _, found = self._transpose(shape, dtype, held, wanted)
         if found is not None and found.median_ns is not None:
             return found.median_ns
-        return self.policy.conversion_ns(value.nbytes)
+        return self.policy.conversion_ns(math.prod(shape) * getattr(dtype, "itemsize", 8))
 
-    def missing(self, graph: LayoutGraph) -> Iterator[Job]:
-        """The jobs that would tell all that a graph's solver may ask, each once, convolutions first."""
-        asked: set[str] = set()
+    def _transpose(
+        self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order
+    ) -> tuple[tuple[int, ...], Order, Measurement | None]:
+        sizes, permutation = coalesced(permuted(shape, held), conversion(held, wanted))
+        key = transpose_key(sizes, dtype, permutation, self.context)
+        return sizes, permutation, self.known(key).get("transpose")
+
+    def missing_convolutions(self, graph: LayoutGraph) -> list[Job]:
+        """The jobs that would tell all that a graph's solver may ask of its convolutions, each once."""
         ways: dict[ConvSignature, dict[Candidate, None]] = {}
         for node in graph.sites:
             if node.conv is not None:
                 ways.setdefault(node.conv, {}).update(
                     dict.fromkeys(m.candidate for m in node.modes if m.candidate)
                 )
+        jobs = []
         for conv, found in ways.items():
-            first, *rest = found
             new = [c for c in found if self.measurement(conv, c) is None]
             if new:  # the written one is timed again beside them: only times of one run compare
-                yield conv_job(conv, list(dict.fromkeys((first, *new))))
-        for value, held, wanted in _conversions_possible(graph):
-            shape, permutation = coalesced(permuted(value.shape, held), conversion(held, wanted))
-            key = transpose_key(shape, value.dtype, permutation, self.context)
-            if key not in asked and not self.known(key) and _measurable(value):
-                asked.add(key)
-                yield transpose_job(shape, value.dtype, permutation, self.context)
+                jobs.append(conv_job(conv, list(dict.fromkeys((next(iter(found)), *new)))))
+        return jobs
+
+    def missing_conversions(self, plan: Plan) -> list[Job]:
+        """The jobs for the conversions that a plan has and that are believed, not measured."""
+        jobs: dict[str, Job] = {}
+        for c in plan.conversions:
+            dtype = _numpy_dtype(c.dtype)
+            if dtype is None or math.prod(c.shape) == 0:  # typed keys, empty arrays
+                continue
+            sizes, permutation, found = self._transpose(c.shape, dtype, c.held, c.wanted)
+            if found is None:
+                job = transpose_job(sizes, dtype, permutation, self.context)
+                jobs[job.key] = job
+        return list(jobs.values())
 
 
-def _measurable(value: Value) -> bool:
-    """Typed keys have no ordinary arrays; nothing is to be said of empty ones."""
-    return isinstance(value.dtype, np.dtype) and value.nbytes > 0
-
-
-def _conversions_possible(graph: LayoutGraph) -> Sequence[tuple[Value, Order, Order]]:
-    producers, consumers = wiring(graph)
-    found: dict[tuple[Value, Order, Order], None] = {}
-    for value, (producer, slot) in producers.items():
-        described = graph.values[value]
-        homes = {mode.results[slot] for mode in graph.nodes[producer].modes}
-        wanted = {
-            m.operands[s]
-            for c, slots in consumers[value].items()
-            for m in graph.nodes[c].modes
-            for s in slots
-        }
-        for a in sorted(homes):
-            for b in sorted(wanted):
-                if moves_data(described.shape, a, b):
-                    found[described, a, b] = None
-    return list(found)
+def _numpy_dtype(name: str) -> np.dtype | None:
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        return None

@@ -224,7 +224,10 @@ class CostTable:
             if not any(pending.values()):
                 return
             failure = "cannot be written; new records are kept for this process, and written when that works"
-            if self._run(lambda connection: sqlite.insert(connection, pending), False, failure):
+            written = self._run(lambda connection: sqlite.insert(connection, pending), False, failure)
+            if (
+                written and self._is_current()
+            ):  # else another process set it aside meanwhile: write them again
                 self._unsaved = {table: {} for table in COLUMNS}
                 self._patience = self._timeout
 
@@ -239,12 +242,12 @@ class CostTable:
         try:
             try:
                 return operation(self._open())
-            except sqlite3.DatabaseError as error:
+            except sqlite.ERRORS as error:
                 if self._in_memory or not sqlite.is_damage(error):
                     raise
                 self._set_aside(error)
                 return operation(self._open())
-        except (sqlite3.Error, OSError) as error:
+        except (*sqlite.ERRORS, OSError) as error:
             if sqlite.is_busy(error):
                 self._patience = min(0.1, self._timeout)  # waited once: not again for every record
             self._warn(f"{failure} ({error})", failure)
@@ -254,13 +257,17 @@ class CostTable:
 
     def _open(self) -> sqlite3.Connection:
         """The open connection; opened again when the file is not the one it was, but set aside or deleted."""
-        if self._connection is None or not (self._in_memory or self._file == sqlite.identity(self.path)):
+        if self._connection is None or not self._is_current():
             self._disconnect()
             self._connect()
         if self._connection is None:
             self._connection = sqlite.connect(sqlite.MEMORY)
         self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
         return self._connection
+
+    def _is_current(self) -> bool:
+        """Whether the open file is still the one of that name."""
+        return self._in_memory or self._file == sqlite.identity(self.path)
 
     def _connect(self) -> None:
         """Opens the file to write, or else to read, or else not at all. Raises where damaged or locked.
@@ -276,7 +283,7 @@ class CostTable:
             self._connection = sqlite.connect(f"{self.path.as_uri()}?mode=rwc", self._patience, self.path)
             self._file = self._file or sqlite.identity(self.path)
         except (sqlite3.OperationalError, OSError) as error:
-            if sqlite.is_busy(error):
+            if sqlite.is_busy(error) or sqlite.is_damage(error):
                 raise
             with contextlib.suppress(sqlite3.OperationalError):
                 self._connection = sqlite.connect_to_read(self.path, self._patience)
@@ -286,7 +293,7 @@ class CostTable:
             self._in_memory = True
             self._warn(f"cannot be opened; records are kept for this process only ({error})")
 
-    def _set_aside(self, error: sqlite3.DatabaseError) -> None:
+    def _set_aside(self, error: Exception) -> None:
         """Renames the unusable file; copies what is valid in it to a new one, in memory where that fails."""
         self._disconnect()
         with file_lock(f"{self.path}.lock", REPAIR_SECONDS, what="repairing the cost table"):
@@ -315,7 +322,7 @@ class CostTable:
 
     def _warn(self, message: str, once: str = "") -> None:
         """Warns, once of each kind. Comes last wherever it is called: a warning may be an exception."""
-        message = f"jaxlayout's cost table {self.path}: {message}"
+        message = f"jaxlayout's cost table {self.path}: {' '.join(message.split())}"
         if (once or message) in self._warned:
             logger.info(message)
         else:

@@ -7,18 +7,20 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain, combinations
+from typing import Any
 
 import numpy as np
 
-from jaxlayout.graph.build import LayoutGraph, Mode, Node, Value
+from jaxlayout.graph.build import LayoutGraph, Mode, Node
 from jaxlayout.graph.minsum import Factor, minimise
 from jaxlayout.graph.plan import Conversion, Plan
 from jaxlayout.layout import Order, identity, moves_data
 
 SiteCost = Callable[[Node, Mode], float]
 """Nanoseconds of a convolution in one of its modes; inf where it may not be chosen (the first always may)."""
-ConversionCost = Callable[[Value, Order, Order], float]
-"""Nanoseconds of converting a value from one order to another; only asked where data moves."""
+ConversionCost = Callable[[Sequence[int], Any, Order, Order], float]
+"""Nanoseconds of converting a value of some shape and dtype from one order to another; only asked where data
+moves."""
 
 RELUCTANCE = 1.0
 """Nanoseconds charged for a mode that is not what the user wrote: what gains nothing stays as it is."""
@@ -48,13 +50,17 @@ class _Problem:
         self.sets: list[int] = []
         self.factors: list[Factor] = []
         for i, node in enumerate(graph.nodes):
-            costs = [self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes]
+            costs = [
+                self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes
+            ]
             self.factors.append(Factor((i,), np.array(costs)))
         producers, consumers = wiring(graph)
         for value, (producer, slot) in producers.items():
             home = [mode.results[slot] for mode in graph.nodes[producer].modes]
             uses = consumers[value]
-            wanted = {c: [{m.operands[s] for s in slots} for m in graph.nodes[c].modes] for c, slots in uses.items()}
+            wanted = {
+                c: [{m.operands[s] for s in slots} for m in graph.nodes[c].modes] for c, slots in uses.items()
+            }
             if len(set(home).union(*chain(*wanted.values()))) == 1:
                 continue
             if len(uses) == 1:
@@ -76,7 +82,7 @@ class _Problem:
         described = self.graph.values[value]
         if not moves_data(described.shape, held, wanted):
             return 0.0
-        return self.conversion_ns(described, held, wanted)
+        return self.conversion_ns(described.shape, described.dtype, held, wanted)
 
     def shared(
         self, value: int, producer: int, home: Sequence[Order], wanted: dict[int, list[set[Order]]]

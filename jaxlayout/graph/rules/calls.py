@@ -25,7 +25,9 @@ def _jit_body(eqn: Any) -> Any | None:
     return params["jaxpr"]
 
 
-def _rebuild_jit(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
+def _rebuild_jit(
+    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
+) -> list[Any]:
     jitted = jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
     return jitted(*operands)
 

@@ -33,7 +33,8 @@ for _primitive in (
 
 for _primitive in (p.cumsum_p, p.cumprod_p, p.cummax_p, p.cummin_p, p.cumlogsumexp_p):
     register_rule(
-        _primitive, Rule(same_axes, lambda eqn, orders: {"axis": orders.operands[0].index(eqn.params["axis"])})
+        _primitive,
+        Rule(same_axes, lambda eqn, orders: {"axis": orders.operands[0].index(eqn.params["axis"])}),
     )
 
 

@@ -68,7 +68,9 @@ def _squeezed(eqn) -> Labelling:
 
 register_rule(
     p.squeeze_p,
-    Rule(_squeezed, lambda eqn, orders: {"dimensions": positions(eqn.params["dimensions"], orders.operands[0])}),
+    Rule(
+        _squeezed, lambda eqn, orders: {"dimensions": positions(eqn.params["dimensions"], orders.operands[0])}
+    ),
 )
 
 
