@@ -79,9 +79,7 @@ def accept(
         try:
             after = compiling[1].result()
         except Exception as error:
-            return Verdict(
-                kept=False, cause="failure", reason=f"the rewritten function did not compile: {error!r}"
-            )
+            return Verdict(kept=False, cause="failure", reason=f"the rewritten function did not compile: {error!r}")
     old, new = before.memory_analysis(), after.memory_analysis()
     temps: dict[str, Any] = {}
     if old is not None and new is not None:
@@ -96,15 +94,9 @@ def accept(
     try:
         found, second = _timed(after, args)
     except Exception as error:
-        return Verdict(
-            kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **temps
-        )
-    eps = max(
-        (float(jnp.finfo(x.dtype).eps) for x in expected if jnp.issubdtype(x.dtype, jnp.inexact)), default=0.0
-    )
-    difference, reason = compare(
-        before, args, expected, found, TOLERANCE * eps * math.sqrt(max(1, contraction))
-    )
+        return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **temps)
+    eps = max((float(jnp.finfo(x.dtype).eps) for x in expected if jnp.issubdtype(x.dtype, jnp.inexact)), default=0.0)
+    difference, reason = compare(before, args, expected, found, TOLERANCE * eps * math.sqrt(max(1, contraction)))
     if reason:
         return Verdict(kept=False, cause="numbers", reason=reason, difference=difference, **temps)
     temps["difference"] = difference
@@ -280,9 +272,7 @@ def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def _argument(rng: np.random.Generator, aval: Any, draw: Callable[..., np.ndarray]) -> Any:
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        keys = jax.random.split(
-            jax.random.key(0, impl=jax.random.key_impl(aval)), max(1, math.prod(aval.shape))
-        )
+        keys = jax.random.split(jax.random.key(0, impl=jax.random.key_impl(aval)), max(1, math.prod(aval.shape)))
         return keys[: math.prod(aval.shape)].reshape(aval.shape)
     if jnp.issubdtype(aval.dtype, jnp.inexact):
         return jax.device_put(draw(rng, aval.shape).astype(aval.dtype))

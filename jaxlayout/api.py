@@ -38,9 +38,7 @@ _NOT_NESTED = ("compiler_options", "device", "backend")
 @overload
 def auto_layout(fun: Callable[..., Any], /, *, plan: Plan | None = None, **keywords: Any) -> AutoLayout: ...
 @overload
-def auto_layout(
-    *, plan: Plan | None = None, **keywords: Any
-) -> Callable[[Callable[..., Any]], AutoLayout]: ...
+def auto_layout(*, plan: Plan | None = None, **keywords: Any) -> Callable[[Callable[..., Any]], AutoLayout]: ...
 def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any) -> Any:
     """Compile a function with `jax.jit`, its convolutions in the layouts and forms that are fastest here.
 
@@ -140,9 +138,7 @@ class AutoLayout:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
         seen: list[tuple[Any, Outcome]] = []
         jit = jit_settings(self.__wrapped__, args, kwargs) if self._jitted_already else self._jit
-        if not any(
-            isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))
-        ):
+        if not any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))):
             self._concrete.args = args, kwargs
         try:
             jax.jit(self._body("entry", seen.append), **jit).trace(*args, **kwargs)
@@ -192,9 +188,7 @@ class AutoLayout:
                 break
             if isinstance(leaf, jax.core.Tracer):
                 return None
-            if np.shape(leaf) == wanted.shape and isinstance(
-                leaf, jax.Array | np.ndarray | np.generic | int | float
-            ):
+            if np.shape(leaf) == wanted.shape and isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
                 keys = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
                 found.append(leaf if keys else jax.numpy.asarray(leaf, wanted.dtype))
                 wanted = next(dynamic, None)

@@ -54,9 +54,7 @@ class Explanation:
         for site in self.sites:
             lines.append(f"  {site.line}: {site.conv}\n    {site.written}  =>  {site.chosen}")
         for c in plan.conversions:
-            lines.append(
-                f"  conversion of {c.dtype}{list(c.shape)} {list(c.held)} -> {list(c.wanted)} for {c.before}"
-            )
+            lines.append(f"  conversion of {c.dtype}{list(c.shape)} {list(c.held)} -> {list(c.wanted)} for {c.before}")
         if self.barriers:
             lines.append("  barriers (no rule, operands in the order written): " + ", ".join(self.barriers))
         return "\n".join(lines)

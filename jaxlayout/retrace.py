@@ -58,9 +58,7 @@ def _in_order(value: Any, order: Order) -> Any:
 
 def _written(value: Any) -> Order:
     """The user's order of an array or value."""
-    return identity(
-        len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ()))
-    )
+    return identity(len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ())))
 
 
 class _Interpreter:
@@ -134,9 +132,7 @@ def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:
         return len(getattr(atom.aval, "shape", ()))
 
     if mode is None:
-        return Orders(
-            tuple(identity(rank(v)) for v in eqn.invars), tuple(identity(rank(v)) for v in eqn.outvars)
-        )
+        return Orders(tuple(identity(rank(v)) for v in eqn.invars), tuple(identity(rank(v)) for v in eqn.outvars))
     ranks = [rank(v) for v in (*eqn.invars, *eqn.outvars)]
     if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
         raise _misfit(eqn, path, "has other operands or results than the plan says")

@@ -134,12 +134,8 @@ def tune(
     if not sites:
         return untouched("it has no convolution")
     if pinned is not None:
-        return Outcome(
-            plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned"
-        )
-    if any(
-        not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())
-    ):
+        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
+    if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
     line = _Line(jaxpr, args, options, context, progress, stop)
     if (stored := line.stored()) is not None:

@@ -20,9 +20,7 @@ def jit_settings(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     Shardings and physical formats stay with the inner jit.
     """
     probe = _Neither()
-    static_argnums = tuple(
-        i for i in range(len(args)) if _is_static(jitted, _replaced(args, i, probe), kwargs)
-    )
+    static_argnums = tuple(i for i in range(len(args)) if _is_static(jitted, _replaced(args, i, probe), kwargs))
     static_argnames = tuple(name for name in kwargs if _is_static(jitted, args, kwargs | {name: probe}))
     traced = jitted.trace(*args, **kwargs)
     info_args, info_kwargs = traced.args_info

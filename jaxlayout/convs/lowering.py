@@ -32,9 +32,7 @@ class Lowering(ABC):
         return rhs
 
     @abstractmethod
-    def apply(
-        self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any
-    ) -> jax.Array:
+    def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
         """out, in the layout `dims.out` and of dtype `conv.out_dtype`."""
 
 
@@ -64,9 +62,7 @@ def lowerings() -> dict[str, Lowering]:
     return dict(_registry)
 
 
-def evaluate(
-    name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array
-) -> jax.Array:
+def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The convolution through one lowering."""
     lowering = _registry[name]
     return lowering.apply(conv, dims, lhs, lowering.prepare(conv, dims, rhs))

@@ -121,9 +121,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
 
 def _pairs(mapping: Mapping[str, object]) -> Pairs:
     """Sorted pairs of strings; entries that are None or "" are left out."""
-    return tuple(
-        (str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, "")
-    )
+    return tuple((str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, ""))
 
 
 def _default_device() -> Device:

@@ -31,9 +31,7 @@ def timing_lock_path() -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def timing_lock(
-    timeout: float | None = None, notify: Callable[[str], object] | None = None
-) -> Iterator[None]:
+def timing_lock(timeout: float | None = None, notify: Callable[[str], object] | None = None) -> Iterator[None]:
     """Holds the right to time on this machine: parallel timing on few cores poisons the table.
 
     Exclusive among processes of the user and among threads of the process, re-entrant within a thread.

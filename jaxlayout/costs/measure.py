@@ -86,9 +86,7 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
         rng = np.random.default_rng(0)
         lhs = _random(rng, conv.lhs_shape(last.lhs), conv.lhs_dtype)
         rhs = _random(rng, conv.rhs_shape(last.rhs), conv.rhs_dtype)
-        images = (
-            max(1, REFERENCE_MACS * conv.batch // max(1, conv.macs)) if conv.batch_groups == 1 else conv.batch
-        )
+        images = max(1, REFERENCE_MACS * conv.batch // max(1, conv.macs)) if conv.batch_groups == 1 else conv.batch
         some = replace(conv, batch=min(conv.batch, images))
         expected = reference(some, lhs[: some.batch], rhs)
         rms = float(np.sqrt(np.mean(np.abs(expected) ** 2))) if expected.size else 0.0
@@ -221,10 +219,11 @@ def measure(
     """
     with ThreadPoolExecutor(2) as pool:
         for start in range(0, len(jobs), CHUNK):
-            compiled = [_compile_all(job, device, pool) for job in jobs[start : start + CHUNK]]
-            for job, (futures, error_of) in zip(jobs[start : start + CHUNK], compiled, strict=True):
+            chunk = jobs[start : start + CHUNK]
+            compiled = [_compile_all(job, device, pool) for job in chunk]
+            for futures, _ in compiled:
                 wait(futures.values())
-            for job, (futures, error_of) in zip(jobs[start : start + CHUNK], compiled, strict=True):
+            for job, (futures, error_of) in zip(chunk, compiled, strict=True):
                 yield job, _measured(job, futures, error_of, memory_bytes, relax)
 
 
@@ -242,9 +241,7 @@ def _compile_all(job: Job, device: Any, pool: Executor) -> tuple[dict[str, Futur
     def args(name: str) -> tuple[Any, ...]:
         return tuple(put(i, array) for i, array in enumerate(arrays(name)))
 
-    futures = {
-        name: pool.submit(_compile, f, args(name), job.context) for name, f in job.alternatives.items()
-    }
+    futures = {name: pool.submit(_compile, f, args(name), job.context) for name, f in job.alternatives.items()}
     return futures, error_of
 
 

@@ -96,9 +96,7 @@ class CostModel:
         ways: dict[ConvSignature, dict[Candidate, None]] = {}
         for node in graph.sites:
             if node.conv is not None:
-                ways.setdefault(node.conv, {}).update(
-                    dict.fromkeys(m.candidate for m in node.modes if m.candidate)
-                )
+                ways.setdefault(node.conv, {}).update(dict.fromkeys(m.candidate for m in node.modes if m.candidate))
         jobs = []
         for conv, found in ways.items():
             new = [c for c in found if self.measurement(conv, c) is None]

@@ -16,6 +16,10 @@ from typing import Any
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x6A6C6179  # "jlay", in the file's header: tells our tables from other people's databases
 
+MEMORY = "file::memory:"
+CHECKED_BYTES = 64 * 2**20
+"""Largest file that is checked as a whole when it is opened."""
+
 COLUMNS = {
     "measurements": ("env", "signature", "candidate", "record"),
     "plans": ("env", "function", "skeleton", "sizes", "payload"),
@@ -63,11 +67,6 @@ class UnusableError(sqlite3.DatabaseError):
 
 ERRORS = (sqlite3.Error, UnicodeDecodeError)
 """What SQLite raises. The second: an error message that quotes damaged text."""
-
-
-MEMORY = "file::memory:"
-CHECKED_BYTES = 64 * 2**20
-"""Largest file that is checked as a whole when it is opened."""
 
 
 def connect(
@@ -145,9 +144,7 @@ def _choose_journal(connection: sqlite3.Connection, path: pathlib.Path) -> None:
             connection.execute("PRAGMA journal_mode = DELETE")
         return
     if mode == "wal":
-        connection.execute(
-            "PRAGMA synchronous = NORMAL"
-        )  # a power cut may cost the last records, not the file
+        connection.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last records, not the file
 
 
 def _pragma(connection: sqlite3.Connection, name: str) -> Any:
@@ -174,9 +171,7 @@ def insert(connection: sqlite3.Connection, rows: Mapping[str, list[Row]], clash:
         connection.execute("BEGIN IMMEDIATE")
         for table, these in rows.items():
             names = (*COLUMNS[table], "checksum")
-            query = (
-                f"INSERT OR {clash} INTO {table}({', '.join(names)}) VALUES({', '.join('?' * len(names))})"
-            )
+            query = f"INSERT OR {clash} INTO {table}({', '.join(names)}) VALUES({', '.join('?' * len(names))})"
             connection.executemany(query, ((*row, checksum(table, row)) for row in these))
     return True
 

@@ -135,9 +135,7 @@ class CostTable:
         for table, columns in COLUMNS.items():
             rows = reversed(self._select(table))  # oldest first, so that an import keeps the order
             names = (*columns, "checksum")
-            value[table] = [
-                dict(zip(names, (*row, sqlite.checksum(table, row)), strict=True)) for row in rows
-            ]
+            value[table] = [dict(zip(names, (*row, sqlite.checksum(table, row)), strict=True)) for row in rows]
         target = pathlib.Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         try:
@@ -161,7 +159,10 @@ class CostTable:
         return self._add(_exported(value, refused), refused), refused
 
     def merge(self, other: str | os.PathLike[str]) -> tuple[int, list[str]]:
-        """Adds the records of another table's file, which is only read; returns as `import_json` does."""
+        """Adds the records of another table's file, as `import_json` does.
+
+        That file is only read, and may be damaged or in use; SQLite may leave two small files beside it.
+        """
         if not pathlib.Path(other).is_file():
             raise FileNotFoundError(f"no cost table at {other}")
         refused: list[str] = []
@@ -225,9 +226,7 @@ class CostTable:
                 return
             failure = "cannot be written; new records are kept for this process, and written when that works"
             written = self._run(lambda connection: sqlite.insert(connection, pending), False, failure)
-            if (
-                written and self._is_current()
-            ):  # else another process set it aside meanwhile: write them again
+            if written and self._is_current():  # else another process set it aside meanwhile: write them again
                 self._unsaved = {table: {} for table in COLUMNS}
                 self._patience = self._timeout
 

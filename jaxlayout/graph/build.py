@@ -85,9 +85,7 @@ class LayoutGraph:
     @property
     def barriers(self) -> tuple[Node, ...]:
         """Equations whose primitive has no rule for them, and that touch more than scalars and vectors."""
-        return tuple(
-            node for node in self.nodes if node.kind == "barrier" and (node.operands or node.results)
-        )
+        return tuple(node for node in self.nodes if node.kind == "barrier" and (node.operands or node.results))
 
 
 Enumerate = Callable[[ConvSignature, Candidate], Sequence[Candidate]]
@@ -213,15 +211,9 @@ class _Builder:
             return passed, rank
 
         inner = open_jaxpr(body)
-        entered = [
-            through(v.aval, o, "enter", i)
-            for i, (v, o) in enumerate(zip(inner.invars, operands, strict=True))
-        ]
+        entered = [through(v.aval, o, "enter", i) for i, (v, o) in enumerate(zip(inner.invars, operands, strict=True))]
         results = self.region(body, dict(zip(inner.invars, entered, strict=True)), path)
-        return [
-            through(v.aval, o, "leave", i)
-            for i, (v, (o, _)) in enumerate(zip(eqn.outvars, results, strict=True))
-        ]
+        return [through(v.aval, o, "leave", i) for i, (v, (o, _)) in enumerate(zip(eqn.outvars, results, strict=True))]
 
     def site(self, eqn: Any, operands: list[int], results: list[int], path: Path) -> None:
         lhs, rhs = (v.aval for v in eqn.invars)

@@ -353,9 +353,7 @@ def _improve(sizes: Sequence[int], tables: _Tables, x: list[int], slack: float) 
     allowed = {scope: np.isfinite(table) for scope, table in tables.items()}
     spans = [float(np.ptp(table[allowed[scope]])) for scope, table in tables.items()]
     forbidden = 2 * math.fsum(spans) or 1.0
-    finite = {
-        scope: np.where(allowed[scope], table, table.min() + forbidden) for scope, table in tables.items()
-    }
+    finite = {scope: np.where(allowed[scope], table, table.min() + forbidden) for scope, table in tables.items()}
 
     mentions = _mentions(sizes, tables)
     pairs = {pair for scope in tables for pair in combinations(scope, 2)}

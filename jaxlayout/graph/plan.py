@@ -69,8 +69,7 @@ class Plan:
                 for path, mode in self.choices.items()
             ],
             "conversions": [
-                [list(c.shape), c.dtype, list(c.held), list(c.wanted), list(c.before)]
-                for c in self.conversions
+                [list(c.shape), c.dtype, list(c.held), list(c.wanted), list(c.before)] for c in self.conversions
             ],
             "predicted_ns": self.predicted_ns,
             "written_ns": self.written_ns,
@@ -86,9 +85,7 @@ class Plan:
                 raise ValueError(f"a plan of format {data['format']!r}, this is format {FORMAT}")
             return cls(
                 choices={
-                    tuple(path): Mode(
-                        _orders(operands), _orders(results), candidate and Candidate.parse(candidate)
-                    )
+                    tuple(path): Mode(_orders(operands), _orders(results), candidate and Candidate.parse(candidate))
                     for path, operands, results, candidate in data["choices"]
                 },
                 conversions=tuple(

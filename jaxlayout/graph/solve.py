@@ -50,17 +50,13 @@ class _Problem:
         self.sets: list[int] = []
         self.factors: list[Factor] = []
         for i, node in enumerate(graph.nodes):
-            costs = [
-                self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes
-            ]
+            costs = [self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes]
             self.factors.append(Factor((i,), np.array(costs)))
         producers, consumers = wiring(graph)
         for value, (producer, slot) in producers.items():
             home = [mode.results[slot] for mode in graph.nodes[producer].modes]
             uses = consumers[value]
-            wanted = {
-                c: [{m.operands[s] for s in slots} for m in graph.nodes[c].modes] for c, slots in uses.items()
-            }
+            wanted = {c: [{m.operands[s] for s in slots} for m in graph.nodes[c].modes] for c, slots in uses.items()}
             if len(set(home).union(*chain(*wanted.values()))) == 1:
                 continue
             if len(uses) == 1:
@@ -84,9 +80,7 @@ class _Problem:
             return 0.0
         return self.conversion_ns(described.shape, described.dtype, held, wanted)
 
-    def shared(
-        self, value: int, producer: int, home: Sequence[Order], wanted: dict[int, list[set[Order]]]
-    ) -> None:
+    def shared(self, value: int, producer: int, home: Sequence[Order], wanted: dict[int, list[set[Order]]]) -> None:
         """A state is the order a value is produced in and the set of others that it is converted to."""
         asked = sorted(set().union(*chain(*wanted.values())))
         states = [

@@ -26,7 +26,5 @@ class Xla(Lowering):
         yield ConvDimensionNumbers(last, KernelLayout.oi_first(conv.rank), last)
         yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
 
-    def apply(
-        self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array
-    ) -> jax.Array:
+    def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)

@@ -129,9 +129,7 @@ def follow(labelling: Labelling, value: Axes, order: Order) -> Orders | None:
                 return None
     block = labelling.block
     operands = tuple(_sorted(axes, lambda label: (0, place[label])) for axes in labelling.operands)
-    results = tuple(
-        _sorted(axes, lambda label: (block.get(label, 0), place[label])) for axes in labelling.results
-    )
+    results = tuple(_sorted(axes, lambda label: (block.get(label, 0), place[label])) for axes in labelling.results)
     return Orders(operands, results)
 
 

@@ -25,9 +25,7 @@ def _jit_body(eqn: Any) -> Any | None:
     return params["jaxpr"]
 
 
-def _rebuild_jit(
-    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
-) -> list[Any]:
+def _rebuild_jit(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
     jitted = jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
     return jitted(*operands)
 
@@ -59,9 +57,7 @@ def _plain_custom(eqn: Any) -> Any | None:
     return None if params["num_consts"] or params["symbolic_zeros"] else params["call_jaxpr"]
 
 
-def _rebuild_custom_jvp(
-    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
-) -> list[Any]:
+def _rebuild_custom_jvp(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
     """A new `custom_jvp` around the re-traced body; its rule runs the user's rule, through the jvp of the bound
     original equation."""
     ins, outs = orders.operands, orders.results
@@ -79,9 +75,7 @@ def _rebuild_custom_jvp(
     return list(fun(*operands))
 
 
-def _rebuild_custom_vjp(
-    eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders
-) -> list[Any]:
+def _rebuild_custom_vjp(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
     """Likewise: the residuals are those of the user's own forward rule, inside the vjp of the bound equation."""
     ins, outs = orders.operands, orders.results
     fun = jax.custom_vjp(lambda *args: tuple(body(*args)))

@@ -68,9 +68,7 @@ def _squeezed(eqn) -> Labelling:
 
 register_rule(
     p.squeeze_p,
-    Rule(
-        _squeezed, lambda eqn, orders: {"dimensions": positions(eqn.params["dimensions"], orders.operands[0])}
-    ),
+    Rule(_squeezed, lambda eqn, orders: {"dimensions": positions(eqn.params["dimensions"], orders.operands[0])}),
 )
 
 
@@ -132,9 +130,7 @@ register_rule(
     p.concatenate_p,
     Rule(same_axes, lambda eqn, orders: {"dimension": orders.results[0].index(eqn.params["dimension"])}),
 )
-register_rule(
-    lax.split_p, Rule(same_axes, lambda eqn, orders: {"axis": orders.operands[0].index(eqn.params["axis"])})
-)
+register_rule(lax.split_p, Rule(same_axes, lambda eqn, orders: {"axis": orders.operands[0].index(eqn.params["axis"])}))
 
 
 def _dynamic_slice(eqn, operands: Sequence[Any], orders: Orders) -> list[Any]:

@@ -1,0 +1,61 @@
+"""`reference`: a convolution in numpy, in the highest precision there is, to check all others against."""
+
+from itertools import product
+
+import numpy as np
+
+from jaxlayout.convs.signature import ConvSignature
+
+
+def reference(conv: ConvSignature, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarray:
+    """out (N, *spatial, C) of lhs (N, *spatial, C) and rhs (*kernel, I, O).
+
+    In float64 or complex128 whatever the operands are; integers in int64, without rounding (cast to the dtype of out
+    they wrap as XLA's do). One matrix product per tap, batched over groups, written from the definition (XLA
+    operation semantics, ConvWithGeneralPadding) and sharing nothing with the lowerings.
+    """
+    lhs, rhs = _widened(lhs), _widened(rhs)
+    rank, groups, batch_groups = conv.rank, conv.feature_groups, conv.batch_groups
+    batch, space = conv.batch // batch_groups, conv.out_spatial
+    if batch_groups > 1:  # a group of images for a group of out features
+        lhs = lhs.reshape(batch_groups, batch, *lhs.shape[1:])
+        groups = batch_groups
+    else:
+        lhs = np.moveaxis(lhs.reshape(*lhs.shape[:-1], groups, conv.kernel_features), -2, 0)
+    rhs = rhs.reshape(*conv.kernel, conv.kernel_features, groups, conv.out_features // groups)
+    rhs = np.moveaxis(rhs, -2, rank)  # taps, group, I, O of the group
+    dtype = np.result_type(lhs, rhs)
+    out = np.zeros((groups, batch, *space, rhs.shape[-1]), dtype)
+    if out.size and rhs.size and lhs.size:
+        base = _padded(conv, lhs)
+        for tap in product(*map(range, conv.kernel)):
+            steps = zip(tap, conv.rhs_dilation, conv.strides, space, strict=True)
+            window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, s, o in steps)
+            view, weights = base[:, :, *window], rhs[tap]
+            if conv.kernel_features == 1:
+                out += view * weights.reshape(groups, *[1] * (rank + 1), -1)
+            else:
+                rows = view.reshape(groups, -1, conv.kernel_features)
+                out += np.matmul(rows, weights).reshape(out.shape)
+    return np.moveaxis(out, 0, -2).reshape(batch, *space, conv.out_features)
+
+
+def _padded(conv: ConvSignature, lhs: np.ndarray) -> np.ndarray:
+    """lhs (group, batch, *spatial, features) with zeros between and around; negative padding cuts."""
+    for axis, (lo, hi) in enumerate(conv.padding, start=2):
+        dilation, size = conv.lhs_dilation[axis - 2], lhs.shape[axis]
+        shape = list(lhs.shape)
+        shape[axis] = (size - 1) * dilation + 1 + max(lo, 0) + max(hi, 0)
+        wide, inner = np.zeros(shape, lhs.dtype), [slice(None)] * lhs.ndim
+        inner[axis] = slice(max(lo, 0), shape[axis] - max(hi, 0), dilation)
+        wide[tuple(inner)] = lhs
+        inner[axis] = slice(max(-lo, 0), shape[axis] - max(-hi, 0))
+        lhs = wide[tuple(inner)]
+    return lhs
+
+
+def _widened(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array)
+    if array.dtype.kind in "biu":
+        return array.astype(np.int64)
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
