@@ -7,7 +7,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayout.costs.measure import TOLERANCE
+from jaxlayout.costs.measure import TOLERANCE, Compiled
 
 MIN_PAIRS, MAX_PAIRS = 7, 25
 TRIAL_SECONDS = 20.0
@@ -60,33 +59,26 @@ class Verdict:
 
 
 def accept(
-    original: Callable[..., Sequence[Any]],
-    rewritten: Callable[..., Sequence[Any]],
+    before: Compiled,
+    after: Compiled,
     args: Sequence[Any],
     *,
     contraction: int,
     memory_limit: float,
     timed: bool = True,
 ) -> Verdict:
-    """Compile both functions of flat arrays, compare what they give for `args`, and time them in turn.
+    """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
     `memory_limit`: allowed peak temporary memory relative to the original's.
     """
-    with ThreadPoolExecutor(2) as pool:
-        compiling = [pool.submit(_compile, f, args) for f in (original, rewritten)]
-        before = compiling[0].result()
-        try:
-            after = compiling[1].result()
-        except Exception as error:
-            return Verdict(kept=False, cause="failure", reason=f"the rewritten function did not compile: {error!r}")
-    old, new = before.memory_analysis(), after.memory_analysis()
+    old, new = before.program.memory_analysis(), after.program.memory_analysis()
     temps: dict[str, Any] = {}
     if old is not None and new is not None:
         temps = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
-        # Where the original has hardly any temporary memory, its arguments and results are the measure.
-        slack = (memory_limit - 1) * (old.argument_size_in_bytes + old.output_size_in_bytes)
-        allowed = max(memory_limit * temps["original_temp"], temps["original_temp"] + slack)
+        # A function that needs hardly any may still hold a converted copy of its arguments and results.
+        copies = old.argument_size_in_bytes + old.output_size_in_bytes
+        allowed = max(memory_limit * temps["original_temp"], copies)
         if temps["tuned_temp"] > allowed:
             reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {int(allowed)} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **temps)
@@ -223,10 +215,6 @@ def _rounded(args: Sequence[Any], seed: int) -> list[Any]:
         return jax.device_put(moved.astype(array.dtype), x.sharding)
 
     return list(map(one, args))
-
-
-def _compile(function: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Any:
-    return jax.jit(function, keep_unused=True).lower(*args).compile()
 
 
 def _timed(compiled: Any, args: Sequence[Any]) -> tuple[Sequence[Any], float]:

@@ -7,8 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.lock import timing_lock
-from jaxlayout.costs.measure import Job, available_memory, measure
+from jaxlayout.costs.measure import Compiled, Job, available_memory, compile_in, measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
@@ -37,7 +39,7 @@ from jaxlayout.retrace import retrace
 
 logger = logging.getLogger("jaxlayout")
 
-MEMORY_ATTEMPTS = 3
+MEMORY_ATTEMPTS = 6
 """How often the solver is asked again without the candidates that need most memory."""
 
 
@@ -279,26 +281,41 @@ class _Line:
             kept = plan.predicted_ns < plan.written_ns
             return Verdict(kept=kept, reason="not run on trial: it has side effects", cause="untried")
         self.progress.stage("judging")
-
-        def original(*flat: Any) -> list[Any]:
-            return eval_equations(self.jaxpr, flat, lambda eqn, operands: None)
-
-        args = self.args
         with timing_lock(notify=logger.info):
-            if args is None:
-                avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
-                args = draw_arguments(avals, jax.jit(original))
-            if args is None:
+            if (args := self.trial_arguments) is None:
                 reason = "not run on trial: its outputs are not alive on made-up arguments"
                 return Verdict(kept=plan.predicted_ns < plan.written_ns, reason=reason, cause="untried")
+            with ThreadPoolExecutor(1) as pool:  # beside the original, the first time
+                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), args)
+                before = self.original
+            try:
+                after = compiling.result()
+            except Exception as error:
+                return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
             return accept(
-                original,
-                retrace(self.jaxpr, plan),
+                before,
+                after,
                 args,
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
             )
+
+    def replay(self, *flat: Any) -> list[Any]:
+        """The original program."""
+        return eval_equations(self.jaxpr, flat, lambda eqn, operands: None)
+
+    @cached_property
+    def trial_arguments(self) -> Sequence[Any] | None:
+        """What the two functions are compared on: the caller's own arguments, or made-up ones."""
+        if self.args is not None:
+            return self.args
+        return draw_arguments([v.aval for v in open_jaxpr(self.jaxpr).invars], jax.jit(self.replay))
+
+    @cached_property
+    def original(self) -> Compiled:
+        """The original, compiled."""
+        return compile_in(self.context, self.replay, self.trial_arguments or ())
 
     def contraction(self) -> int:
         """The products summed along all convolutions and dots, one after the other."""

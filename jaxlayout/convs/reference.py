@@ -26,17 +26,16 @@ def reference(conv: ConvSignature, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarr
     rhs = np.moveaxis(rhs, -2, rank)  # taps, group, I, O of the group
     dtype = np.result_type(lhs, rhs)
     out = np.zeros((groups, batch, *space, rhs.shape[-1]), dtype)
-    if out.size and rhs.size and lhs.size:
-        base = _padded(conv, lhs)
-        for tap in product(*map(range, conv.kernel)):
-            steps = zip(tap, conv.rhs_dilation, conv.strides, space, strict=True)
-            window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, s, o in steps)
-            view, weights = base[:, :, *window], rhs[tap]
-            if conv.kernel_features == 1:
-                out += view * weights.reshape(groups, *[1] * (rank + 1), -1)
-            else:
-                rows = view.reshape(groups, -1, conv.kernel_features)
-                out += np.matmul(rows, weights).reshape(out.shape)
+    if not (out.size and rhs.size and lhs.size):
+        return np.zeros((batch, *space, conv.out_features), dtype)
+    base = _padded(conv, lhs)
+    for tap in product(*map(range, conv.kernel)):
+        steps = zip(tap, conv.rhs_dilation, conv.strides, space, strict=True)
+        window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, s, o in steps)
+        view = base[:, :, *window]  # group, batch, *spatial, I
+        weights = rhs[tap].reshape(groups, *[1] * rank, conv.kernel_features, -1)
+        with np.errstate(all="ignore"):  # an Inf or NaN in the operands is an answer too
+            out += view * weights.squeeze(-2)[:, None] if conv.kernel_features == 1 else view @ weights
     return np.moveaxis(out, 0, -2).reshape(batch, *space, conv.out_features)
 
 

@@ -37,9 +37,6 @@ deviation 0.35*eps*sqrt(K) of the result's rms; five of those, the largest among
 REFERENCE_MACS = 2 * 10**10
 """The reference is computed for as many images as this many multiply-adds allow (about a second)."""
 
-LOOP = 2
-"""Trip count of the loop in which candidates for a nested context are timed: the least that XLA keeps a loop."""
-
 ROUNDS, MIN_ROUNDS = 9, 3
 CANDIDATE_SECONDS = 0.35
 """Time spent on repeating one candidate, beyond MIN_ROUNDS."""
@@ -189,8 +186,8 @@ class _Trial:
         jax.block_until_ready(out)
         self.samples.append((time.perf_counter_ns() - start) / self.inner)
 
-    def measurement(self, per_run: int) -> Measurement:
-        timed = [s / per_run for s in self.samples]
+    def measurement(self) -> Measurement:
+        timed = self.samples
         half = statistics.quantiles(timed, n=4) if len(timed) > 1 else None
         return Measurement(
             status=self.status,
@@ -266,7 +263,7 @@ def _measured(
                 continue
             out = trial.warm_up()
             if error_of is not None:
-                trial.error = error_of(name, out if job.context == "entry" else out[-1])
+                trial.error = error_of(name, out)
         except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
             records[name] = _failure("failed", repr(error), trial)
             continue
@@ -278,8 +275,7 @@ def _measured(
         else:
             trials[name] = trial
     _race(list(trials.values()))
-    per_run = 1 if job.context == "entry" else LOOP
-    records |= {name: trial.measurement(per_run) for name, trial in trials.items()}
+    records |= {name: trial.measurement() for name, trial in trials.items()}
     records |= {name: records[other] for name, other in same.items()}
     return {name: records[name] for name in futures}
 
@@ -303,21 +299,39 @@ def _race(trials: list[_Trial]) -> None:
             running = [trial for trial in running if trial.status == "ok"]
 
 
-def _compile(function: Callable[..., Any], args: Sequence[Any], context: Context) -> _Trial:
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A function compiled for a context; called like the function."""
+
+    program: Any
+    first: tuple[Any, ...] = ()
+    """What the program takes before the function's own arguments."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self.program(*self.first, *args)
+
+
+def compile_in(context: Context, function: Callable[..., Any], args: Sequence[Any]) -> Compiled:
+    """Compile a function of arrays for a context. The nested one is a branch that is always taken, which the
+    compiler cannot know."""
     if context == "entry":
-        compiled = jax.jit(function).lower(*args).compile()
-    else:
-        args = [jnp.stack([x] * LOOP) for x in args]
+        return Compiled(jax.jit(function, keep_unused=True).lower(*args).compile())
 
-        def loop(*stacked: Any) -> Any:
-            return lax.scan(lambda _, each: (None, function(*each)), None, stacked)[1]
+    def branch(flag: Any, *args: Any) -> Any:
+        shapes = jax.eval_shape(function, *args)
+        return lax.cond(flag, function, lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), *args)
 
-        compiled = jax.jit(loop).lower(*args).compile()
-    memory = compiled.memory_analysis()
+    flag = jnp.array(True)
+    return Compiled(jax.jit(branch, keep_unused=True).lower(flag, *args).compile(), (flag,))
+
+
+def _compile(function: Callable[..., Any], args: Sequence[Any], context: Context) -> _Trial:
+    compiled = compile_in(context, function, args)
+    memory = compiled.program.memory_analysis()
     return _Trial(
         run=lambda: compiled(*args),
         temp_bytes=getattr(memory, "temp_size_in_bytes", None),
-        program=program_hash(compiled),
+        program=program_hash(compiled.program),
     )
 
 

@@ -56,6 +56,8 @@ class Shifted(Lowering):
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array
     ) -> jax.Array:
         lhs = lax.expand_dims(lhs, [dims.lhs.axes.index("C") + 1])  # groups, multiplier
+        if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
+            lhs = lhs.astype(prepared.dtype)
         sizes, low = conv.spatial, [lo for lo, _ in conv.padding]
         if not _few_edges(conv, dims):
             padding = [(lo, hi, d - 1) for (lo, hi), d in zip(conv.padding, conv.lhs_dilation, strict=True)]
@@ -78,7 +80,7 @@ class Shifted(Lowering):
             term = view.astype(prepared.dtype) * lax.index_in_dim(prepared, i, keepdims=False)
             edges = [(x, o - y, 0) for x, y, o in zip(a, b, conv.out_spatial, strict=True)]
             term = lax.pad(term, zero, _frame(dims, edges, *[(0, 0, 0)] * 3))
-            row = tap[:-1]
+            row = (*tap[:-1], tap[-1] // 8) if tap else ()
             rows[row] = rows[row] + term if row in rows else term
         shape = conv.out_shape(dims.out)
         if not rows:
