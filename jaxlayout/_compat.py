@@ -41,15 +41,19 @@ def bind_equation(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any
 
 
 def eval_equations(
-    jaxpr: Any, args: Sequence[Any], bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None]
+    jaxpr: Any,
+    args: Sequence[Any],
+    bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None],
+    consts: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """Evaluate a jaxpr equation by equation; `bind(eqn, operands)` may give the results, or None for the default."""
+    """Evaluate a jaxpr equation by equation; `bind(eqn, operands)` may give the results, or None for the default.
+    `consts`: in place of its own."""
     jaxpr_, env = open_jaxpr(jaxpr), {}
 
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
-    env.update(zip(jaxpr_.constvars, consts_of(jaxpr), strict=True))
+    env.update(zip(jaxpr_.constvars, consts_of(jaxpr) if consts is None else consts, strict=True))
     env.update(zip(jaxpr_.invars, args, strict=True))
     for eqn in jaxpr_.eqns:
         operands = [read(atom) for atom in eqn.invars]
@@ -61,7 +65,29 @@ def eval_equations(
     return [read(atom) for atom in jaxpr_.outvars]
 
 
+def consts_as_arguments(jaxpr: Any, args: Sequence[Any]) -> Any:
+    """The same program, equation by equation, with its constants as leading arguments."""
+    consts = consts_of(jaxpr)
+
+    def run(*flat: Any) -> list[Any]:
+        return eval_equations(jaxpr, flat[len(consts) :], lambda eqn, operands: None, flat[: len(consts)])
+
+    return jax.make_jaxpr(run)(*consts, *args)
+
+
 @cache
 def unspecified_sharding() -> Any:
     """What a `jit` equation has in place of a sharding where the user gave none."""
     return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]
+
+
+def jit_info(jitted: Any) -> Any:
+    """All that `jax.jit` was told about a function that it has compiled. No public call gives the compiler options
+    (they are refused in any nested trace), so this reads an attribute; TypeError where it is gone."""
+    info = getattr(jitted, "_jit_info", None)
+    if info is None:
+        raise TypeError(
+            f"jax {jax.__version__} does not tell what jax.jit was told: "
+            "decorate the function itself, and give the keywords to auto_layout"
+        )
+    return info

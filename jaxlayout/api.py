@@ -11,23 +11,22 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, overload
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
-from jaxlayout._compat import am_i_under_a_jit, eval_equations
+from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, open_jaxpr
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.retrace import retrace
+from jaxlayout.threads import Workers
 from jaxlayout.tune import Outcome, tune
-from jaxlayout.wrapped import jit_settings
+from jaxlayout.wrapped import is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -46,7 +45,7 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
     plans, compares the rewritten function with the original in numbers, memory and time, and keeps the better.
 
     Args:
-      fun: a function, or one already compiled by `jax.jit`, which keeps what jit was told.
+      fun: a function, or one already compiled by `jax.jit` or `auto_layout`, which keeps what that was told.
       plan: a plan made elsewhere (see `AutoLayout.plan`, `Plan.load`), used without measuring or judging.
       keywords: any keyword of `jax.jit`, and any field of `Options`.
 
@@ -62,64 +61,61 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
         )
     if fun is None:
         return functools.partial(auto_layout, plan=plan, **keywords)
-    options = Options.from_environment(**{k: v for k, v in keywords.items() if k in _OPTIONS})
-    return AutoLayout(fun, options, plan, {k: v for k, v in keywords.items() if k in _JIT_KEYWORDS})
+    if not callable(fun):
+        raise TypeError(f"auto_layout: {fun!r} is not a function")
+    given = {k: v for k, v in keywords.items() if k in _OPTIONS}
+    jit = {k: v for k, v in keywords.items() if k in _JIT_KEYWORDS}
+    if jit and (isinstance(fun, AutoLayout) or is_jitted(fun)):
+        raise TypeError(f"auto_layout: {fun!r} is jitted already; give {', '.join(jit)} to the jit that is inside")
+    if isinstance(fun, AutoLayout):
+        return AutoLayout(fun.__wrapped__, replace(fun.options, **given), plan or fun.pinned, fun.jit)
+    return AutoLayout(fun, Options.from_environment(**given), plan, jit)
 
 
 class AutoLayout:
     """A function under `auto_layout`. Called like the function that it wraps."""
 
-    def __init__(self, fun: Callable[..., Any], options: Options, plan: Plan | None, jit: dict[str, Any]):
-        if isinstance(fun, AutoLayout):
-            fun = fun.__wrapped__
+    def __init__(self, fun: Callable[..., Any], options: Options, pinned: Plan | None, jit: dict[str, Any]):
+        # Without the function's attributes: one called `plan` would hide the method.
+        functools.update_wrapper(self, fun, updated=())
         self.options = options
-        self._plan = plan
-        self._jit = jit
-        self._concrete = threading.local()
-        self._jitted_already = isinstance(fun, jax.stages.Wrapped)
-        if self._jitted_already and jit:
-            raise TypeError(f"auto_layout: give {', '.join(jit)} to the jax.jit that is inside")
-        functools.update_wrapper(self, fun)
-        self.__wrapped__ = fun
-        self._fronts: dict[Any, tuple[Any, Any]] = {}
-        self._entry, self._nested = (None, None) if self._jitted_already else self._front(jit)
-
-    def _front(self, jit: dict[str, Any]) -> tuple[Any, Any]:
-        """The jits of the body, as outermost computation and inside another."""
-        inner = {name: value for name, value in jit.items() if name not in _NOT_NESTED}
-        return jax.jit(self._body("entry"), **jit), jax.jit(self._body("nested"), **inner)
-
-    def _fronts_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if self._entry is not None:
-            return self._entry, self._nested
-        shape = (len(args), *kwargs)
-        if shape not in self._fronts:
-            self._fronts[shape] = self._front(jit_settings(self.__wrapped__, args, kwargs))
-        return self._fronts[shape]
+        self.pinned = pinned
+        self.jit = jit
+        self._fun, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
+        self._call = threading.local()  # the arguments of the call under way, for judging
+        self._tuning = threading.Lock()
+        self._told = told
+        self._entry = jax.jit(self._body("entry"), **told)
+        self._nested = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in _NOT_NESTED})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        entry, nested = self._fronts_for(args, kwargs)
         if am_i_under_a_jit():
-            return nested(*args, **kwargs)
-        self._concrete.args = args, kwargs  # for the body, which runs only where this shape is new
+            return self._nested(*args, **kwargs)
+        self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
-            return entry(*args, **kwargs)
+            return self._entry(*args, **kwargs)
         finally:
-            self._concrete.args = None
+            self._call.arguments = None
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
+
+    def __copy__(self) -> AutoLayout:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> AutoLayout:
+        return self  # as a function is
 
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        return self._fronts_for(args, kwargs)[0].trace(*args, **kwargs)
+        return self._entry.trace(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        return self._fronts_for(args, kwargs)[0].lower(*args, **kwargs)
+        return self._entry.lower(*args, **kwargs)
 
     def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from, tuning if need be."""
@@ -131,41 +127,43 @@ class AutoLayout:
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What was chosen for these arguments and why; print it."""
-        jaxpr, outcome = self._looked_at(args, kwargs)
-        return explain(jaxpr, outcome, self.options)
+        return explain(*self._looked_at(args, kwargs))
 
     def _looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Outcome]:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
         seen: list[tuple[Any, Outcome]] = []
-        jit = jit_settings(self.__wrapped__, args, kwargs) if self._jitted_already else self._jit
-        if not any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in jax.tree.leaves((args, kwargs))):
-            self._concrete.args = args, kwargs
+        self._call.arguments = args, kwargs
         try:
-            jax.jit(self._body("entry", seen.append), **jit).trace(*args, **kwargs)
+            with jax.disable_jit(False):
+                jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
         finally:
-            self._concrete.args = None
+            self._call.arguments = None
         return seen[0]
 
     def _body(self, context: Context, seen: Callable[[Any], None] | None = None) -> Callable[..., Any]:
-        fun = self.__wrapped__
+        """What is jitted: the user's function traced, tuned, and evaluated under its plan."""
+        fun = self._fun
 
-        @functools.wraps(fun)
+        @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
+            if jax.config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, or searched for a NaN
+                return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
-            if jax.config.jax_disable_jit:
-                return fun(*args, **kwargs)
 
             def flat(*dynamic: Any) -> Any:
-                full = list(leaves)
-                for i, leaf in zip(places, dynamic, strict=True):
-                    full[i] = leaf
-                args, kwargs = jax.tree.unflatten(tree, full)
+                full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
+                args, kwargs = jax.tree.unflatten(tree, full.values())
                 return fun(*args, **kwargs)
 
             arrays = [leaves[i] for i in places]
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
-            outcome = self._tuned(jaxpr, self._concrete_leaves(arrays), context)
+            concrete = self._concrete(tree, places) if context == "entry" else None
+            if any(isinstance(const, jax.core.Tracer) for const in consts_of(jaxpr)):
+                # The function closes over values of an outer trace, which is none of the tuning thread's business.
+                outer = consts_of(jaxpr)
+                jaxpr, arrays, concrete = consts_as_arguments(jaxpr, arrays), [*outer, *arrays], None
+            outcome = self._tuned(jaxpr, concrete, context)
             if seen is not None:
                 seen((jaxpr, outcome))
             if outcome.kept:
@@ -176,59 +174,50 @@ class AutoLayout:
 
         return body
 
-    def _concrete_leaves(self, arrays: Sequence[Any]) -> list[Any] | None:
-        """The arguments of the call under way as arrays, where it has real ones (not under grad, vmap, lower)."""
-        if getattr(self._concrete, "args", None) is None:
+    def _concrete(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
+        """The leaves at some places of the arguments of the call under way, where they are all real (they are not
+        under grad, vmap or lower)."""
+        call = getattr(self._call, "arguments", None)
+        leaves, found_tree = jax.tree.flatten(call)
+        if call is None or found_tree != tree:
             return None
-        leaves = jax.tree.leaves(self._concrete.args)
-        dynamic = iter(arrays)
-        found, wanted = [], next(dynamic, None)
-        for leaf in leaves:  # static leaves stand between the dynamic ones
-            if wanted is None:
-                break
-            if isinstance(leaf, jax.core.Tracer):
-                return None
-            if np.shape(leaf) == wanted.shape and isinstance(leaf, jax.Array | np.ndarray | np.generic | int | float):
-                keys = jax.dtypes.issubdtype(wanted.dtype, jax.dtypes.prng_key)
-                found.append(leaf if keys else jax.numpy.asarray(leaf, wanted.dtype))
-                wanted = next(dynamic, None)
-        return found if wanted is None else None
+        found = [leaves[i] for i in places]
+        return None if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in found) else found
 
     def _tuned(self, jaxpr: Any, args: Sequence[Any] | None, context: Context) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
         stop = threading.Event()
-        name = getattr(self.__wrapped__, "__name__", "function")
-        settings = _thread_settings()
+        name = getattr(self._fun, "__name__", "function")
 
         def work() -> Outcome:
-            with ExitStack() as stack, progress_bar(name) as progress:
-                for setting in settings:
-                    stack.enter_context(setting)
+            arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
+            with progress_bar(name) as progress:
                 return tune(
                     jaxpr,
-                    args,
+                    arrays,
                     self.options,
                     context=context,
-                    pinned=self._plan,
+                    pinned=self.pinned,
                     progress=progress,
                     stop=stop,
                 )
 
-        with ThreadPoolExecutor(1, thread_name_prefix="jaxlayout") as pool:
-            future = pool.submit(work)
+        # One thread at a time: the next one finds the plan in the table.
+        with self._tuning, Workers(1, _device(args or ())) as workers:
+            tuning = workers.submit(work)
             try:
-                return future.result()
+                return tuning.result()
             except KeyboardInterrupt:
                 stop.set()  # what has been measured is in the table: the next call goes on from there
                 raise
 
 
-def _thread_settings() -> list[Any]:
-    """What the caller's thread has set, as contexts for another; and what must not disturb measuring."""
-    config = jax.config
-    return [
-        jax.default_matmul_precision(config.jax_default_matmul_precision),
-        jax.default_device(config.jax_default_device),
-        jax.enable_x64(config.jax_enable_x64),
-        jax.debug_nans(False),
-    ]
+def _array(leaf: Any, aval: Any) -> Any:
+    """An argument as jit makes an array of it."""
+    return leaf if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
+
+
+def _device(args: Sequence[Any]) -> Any:
+    """The device that a call with these arguments runs on, where they say so."""
+    committed = [x for x in args if isinstance(x, jax.Array) and x.committed]
+    return min(committed[0].devices(), key=lambda device: device.id) if committed else None

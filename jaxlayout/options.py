@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 
@@ -27,32 +27,44 @@ class Options:
     """The cost table's file; None for `table.sqlite` in the user's cache folder, ':memory:' for none."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("on_miss", ("measure", "heuristic", "error")),
-            ("numerics", ("strict", "relaxed")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(allowed)}")
-        for name, least in (("time_budget", 0.0), ("memory_limit", 1.0)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected at least {least}")
+        if isinstance(self.table, os.PathLike):
+            object.__setattr__(self, "table", os.fspath(self.table))
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if problem := _problem(hint, value, _LEAST.get(name, 0.0)):
+                raise ValueError(f"{name}={value!r}: expected {problem}")
 
     @classmethod
     def from_environment(cls, **given: Any) -> Self:
         """The defaults, what the environment sets, and what is given, the last winning."""
         hints = typing.get_type_hints(cls)
         values: dict[str, Any] = {}
-        for field in fields(cls):
-            text = os.environ.get(f"JAXLAYOUT_{field.name.upper()}")
-            if text is not None:
+        for name in hints.keys() - given.keys():
+            variable = f"JAXLAYOUT_{name.upper()}"
+            if text := os.environ.get(variable):
                 try:
-                    values[field.name] = _parsed(hints[field.name], text)
+                    values[name] = _parsed(hints[name], text)
+                    cls(**{name: values[name]})
                 except ValueError as error:
-                    raise ValueError(f"JAXLAYOUT_{field.name.upper()}={text!r}: {error}") from None
-        return cls(**(values | given))
+                    raise ValueError(f"{variable}={text!r}: {error}") from None
+        return cls(**values, **given)
+
+
+_LEAST = {"memory_limit": 1.0}
+
+
+def _problem(hint: Any, value: Any, least: float) -> str:
+    """What a value of some type should have been; '' if it is that."""
+    if typing.get_origin(hint) is Literal:
+        return "" if value in typing.get_args(hint) else f"one of {', '.join(typing.get_args(hint))}"
+    if hint is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and value >= least
+        return "" if number else f"a number, at least {least}"
+    return "" if isinstance(value, hint) else f"{getattr(hint, '__name__', hint)}"
 
 
 def _parsed(hint: Any, text: str) -> Any:
+    """The value that an environment variable stands for."""
     if hint is float:
         return float(text)
     if hint is bool:

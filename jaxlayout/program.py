@@ -86,6 +86,17 @@ def equations(jaxpr: Any) -> Iterator[Any]:
             yield from equations(sub)
 
 
+def has_effects(jaxpr: Any) -> bool:
+    """Whether a program does more than give results: prints, calls back, writes to references."""
+    return bool(open_jaxpr(jaxpr).effects)
+
+
+def needs_real_arguments(jaxpr: Any) -> bool:
+    """Whether made-up arguments may upset a program: a loop with a condition might not end, the user's Python
+    behind a callback might not expect them."""
+    return any(eqn.primitive.name in ("while", "pure_callback") for eqn in equations(jaxpr))
+
+
 def count_transposes(jaxpr: Any) -> int:
     """How many transposes of a program move data."""
     return sum(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import ExitStack, contextmanager
+from typing import Any, Protocol
 
 
 class Progress(Protocol):
@@ -28,23 +28,33 @@ class Silent:
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Progress]:
-    """A bar on standard error, gone when done, if that is a terminal."""
-    if not sys.stderr.isatty():
+    """A bar on standard error from the first stage on, gone when done, if that is a terminal."""
+    if sys.stderr is None or not sys.stderr.isatty():
         yield Silent()
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
+    with ExitStack() as stack:
+        yield _Shown(name, stack)
+
+
+class _Shown:
+    def __init__(self, name: str, stack: ExitStack):
+        self._name, self._stack = name, stack
+        self._bar: Any = None
+        self._task: Any = None
+
+    def stage(self, text: str, steps: int | None = None) -> None:
+        if self._bar is None:
+            self._bar = self._stack.enter_context(_bar())
+            self._task = self._bar.add_task("")
+        self._bar.reset(self._task, description=f"jaxlayout {self._name}: {text}", total=steps)
+
+    def step(self) -> None:
+        self._bar.advance(self._task)
+
+
+def _bar() -> Any:
+    from rich.console import Console  # slow to import, and seldom needed
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(f"jaxlayout {name}", total=None)
-
-        class Shown:
-            def stage(self, text: str, steps: int | None = None) -> None:
-                bar.reset(task, description=f"jaxlayout {name}: {text}", total=steps)
-
-            def step(self) -> None:
-                bar.advance(task)
-
-        yield Shown()
+    return Progress(*columns, console=Console(stderr=True), transient=True)

@@ -10,8 +10,8 @@ from jax.extend import source_info_util
 
 from jaxlayout.convs.candidates import candidates
 from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.graph.build import Path, build_graph
-from jaxlayout.options import Options
+from jaxlayout.graph.build import build_graph
+from jaxlayout.graph.fit import located
 from jaxlayout.program import count_transposes
 from jaxlayout.tune import Outcome
 
@@ -60,10 +60,14 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(jaxpr: Any, outcome: Outcome, options: Options) -> Explanation:
+def explain(jaxpr: Any, outcome: Outcome) -> Explanation:
     """The explanation of an outcome for a closed jaxpr."""
     graph = build_graph(jaxpr, candidates)
-    lines = dict(_lines(jaxpr))
+    lines = {
+        path: source_info_util.summarize(eqn.source_info)
+        for path, eqn in located(jaxpr)
+        if eqn.primitive in CONVOLUTIONS
+    }
     sites = []
     for node in graph.sites:
         mode = outcome.plan.choices.get(node.path, node.modes[0])
@@ -82,17 +86,3 @@ def explain(jaxpr: Any, outcome: Outcome, options: Options) -> Explanation:
         barriers=tuple(f"{name} x{count}" for name, count in barriers.most_common()),
         transposes=count_transposes(jaxpr),
     )
-
-
-def _lines(jaxpr: Any, path: Path = ()) -> Any:
-    """The source line of each convolution, by path."""
-    from jaxlayout._compat import open_jaxpr
-    from jaxlayout.graph.rules import RegionRule, rule_for
-
-    for i, eqn in enumerate(open_jaxpr(jaxpr).eqns):
-        here = (*path, i)
-        rule = rule_for(eqn.primitive)
-        if eqn.primitive in CONVOLUTIONS:
-            yield here, source_info_util.summarize(eqn.source_info)
-        elif isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
-            yield from _lines(body, here)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr
 from jaxlayout.convs.primitive import CONVOLUTIONS, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
+from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, rule_for
 from jaxlayout.layout import LayoutTensor, Order, identity
@@ -101,19 +101,19 @@ class _Interpreter:
             outs = bind_equation(eqn, arrays)
         elif mode.candidate is not None:
             if eqn.primitive not in CONVOLUTIONS:
-                raise _misfit(eqn, path, "is not a convolution")
+                raise misfit(eqn, path, "is not a convolution")
             params = conv_params(eqn.params) | {"dimension_numbers": mode.candidate.dims.to_lax()}
             outs = [tuned_conv(*arrays, lowering=mode.candidate.lowering, **params)]
         elif isinstance(rule, Rule):
             outs = rule.apply(eqn, arrays, orders)
         else:
-            raise _misfit(eqn, path, "has no rule for other orders")
+            raise misfit(eqn, path, "has no rule for other orders")
         return [_held(out, order) for out, order in zip(outs, orders.results, strict=True)]
 
     def call(self, eqn: Any, rule: Any, arrays: Sequence[Any], orders: Orders, path: Path) -> list[Any]:
         jaxpr = rule.body(eqn) if isinstance(rule, RegionRule) else None
         if jaxpr is None:
-            raise _misfit(eqn, path, "cannot be entered")
+            raise misfit(eqn, path, "cannot be entered")
         key = (id(open_jaxpr(jaxpr)), orders, self.inside.get(path, ()))
         if key not in self.bodies:
 
@@ -135,11 +135,5 @@ def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:
         return Orders(tuple(identity(rank(v)) for v in eqn.invars), tuple(identity(rank(v)) for v in eqn.outvars))
     ranks = [rank(v) for v in (*eqn.invars, *eqn.outvars)]
     if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
-        raise _misfit(eqn, path, "has other operands or results than the plan says")
+        raise misfit(eqn, path, "has other operands or results than the plan says")
     return Orders(mode.operands, mode.results)
-
-
-def _misfit(eqn: Any, path: Path, why: str) -> ValueError:
-    shapes = ", ".join(str(v.aval) for v in eqn.invars)
-    line = source_info_util.summarize(eqn.source_info)
-    return ValueError(f"the plan does not fit: equation {path} {eqn.primitive}({shapes}) {why} [{line}]")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxlayout._compat import eval_equations, open_jaxpr
-from jaxlayout.accept import Verdict, accept, draw_arguments
+from jaxlayout.accept import Verdict, accept, draws, liveliest
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -28,19 +28,21 @@ from jaxlayout.costs.measure import Compiled, Job, available_memory, compile_in,
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
+from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
-from jaxlayout.program import ProgramKey, equations, program_key
+from jaxlayout.program import ProgramKey, equations, has_effects, needs_real_arguments, program_key
 from jaxlayout.progress import Progress, Silent
 from jaxlayout.retrace import retrace
+from jaxlayout.threads import Workers
 
 logger = logging.getLogger("jaxlayout")
 
-MEMORY_ATTEMPTS = 6
-"""How often the solver is asked again without the candidates that need most memory."""
+MEMORY_ATTEMPTS = 8
+"""How often the solver is asked again without one more lowering that needs much memory."""
 
 
 class TableMiss(LookupError):
@@ -131,22 +133,27 @@ def tune(
     `args`: flat arguments to judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a
     pinned plan that does not fit; whatever else goes wrong leaves the program as it is, with the reason.
     """
-    progress, stop = progress or Silent(), stop or threading.Event()
-    sites = [eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS]
-    if not sites:
-        return untouched("it has no convolution")
-    if pinned is not None:
-        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
-    line = _Line(jaxpr, args, options, context, progress, stop)
-    if (stored := line.stored()) is not None:
-        return replace(stored, source="stored")
-    start = time.monotonic()
-    outcome = replace(line.run(), seconds=time.monotonic() - start)
-    if not stop.is_set() and outcome.source != "heuristic":
-        line.store(outcome)
-    return outcome
+    if pinned is not None:
+        check_fit(jaxpr, pinned)
+        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
+    if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
+        return untouched("it has no convolution")
+    progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
+    try:
+        line = _Line(jaxpr, args, options, context, progress, stop)
+        if (stored := line.stored()) is not None:
+            return replace(stored, source="stored")
+        outcome = replace(line.run(), seconds=time.monotonic() - start)
+        if not stop.is_set() and outcome.source != "heuristic":
+            line.store(outcome)
+        return outcome
+    except (TableMiss, Warning):  # a warning is an exception where the user made it one
+        raise
+    except Exception as error:
+        logger.warning("tuning failed, the program stays as it is", exc_info=True)
+        return untouched(f"tuning failed: {error!r}")
 
 
 class _Line:
@@ -163,7 +170,7 @@ class _Line:
     ):
         self.jaxpr, self.args, self.options, self.context = jaxpr, args, options, context
         self.progress, self.stop = progress, stop
-        self.device = jax.config.jax_default_device or jax.devices()[0]
+        self.device = jax.config.jax_default_device or jax.local_devices()[0]
         self.table = open_table(options.table)
         self.key: ProgramKey = program_key(jaxpr)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
@@ -276,17 +283,14 @@ class _Line:
         """Rewritten against original, as whole functions."""
         if plan.trivial:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
-        if open_jaxpr(self.jaxpr).effects:
-            # It must not run on made-up data, nor once more than the user asked: the model alone decides.
-            kept = plan.predicted_ns < plan.written_ns
-            return Verdict(kept=kept, reason="not run on trial: it has side effects", cause="untried")
+        if has_effects(self.jaxpr):
+            return self.untried(plan, "it has side effects")
+        if self.args is None and needs_real_arguments(self.jaxpr):
+            return self.untried(plan, "made-up arguments could stop it from ending, or upset a callback")
         self.progress.stage("judging")
         with timing_lock(notify=logger.info):
-            if (args := self.trial_arguments) is None:
-                reason = "not run on trial: its outputs are not alive on made-up arguments"
-                return Verdict(kept=plan.predicted_ns < plan.written_ns, reason=reason, cause="untried")
-            with ThreadPoolExecutor(1) as pool:  # beside the original, the first time
-                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), args)
+            with Workers(1) as pool:  # beside the original, the first time
+                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), self.shapes)
                 before = self.original
             try:
                 after = compiling.result()
@@ -295,27 +299,39 @@ class _Line:
             return accept(
                 before,
                 after,
-                args,
+                self.trial_arguments,
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
             )
 
+    def untried(self, plan: Plan, why: str) -> Verdict:
+        """The verdict where the function must not be run: the model alone decides."""
+        kept = plan.predicted_ns < plan.written_ns
+        return Verdict(kept=kept, reason=f"not run on trial: {why}", cause="untried")
+
     def replay(self, *flat: Any) -> list[Any]:
         """The original program."""
         return eval_equations(self.jaxpr, flat, lambda eqn, operands: None)
 
-    @cached_property
-    def trial_arguments(self) -> Sequence[Any] | None:
-        """What the two functions are compared on: the caller's own arguments, or made-up ones."""
-        if self.args is not None:
-            return self.args
-        return draw_arguments([v.aval for v in open_jaxpr(self.jaxpr).invars], jax.jit(self.replay))
+    @property
+    def shapes(self) -> Sequence[Any]:
+        """The arguments as far as compiling needs them."""
+        avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
+        return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals] if self.args is None else self.args
 
     @cached_property
     def original(self) -> Compiled:
         """The original, compiled."""
-        return compile_in(self.context, self.replay, self.trial_arguments or ())
+        return compile_in(self.context, self.replay, self.shapes)
+
+    @cached_property
+    def trial_arguments(self) -> Sequence[Any]:
+        """What the two functions are compared on: the caller's own arguments where they tell something, or made-up
+        ones."""
+        given = [] if self.args is None else [self.args]
+        drawn = () if needs_real_arguments(self.jaxpr) else draws(self.shapes)
+        return liveliest(self.original, itertools.chain(given, drawn))
 
     def contraction(self) -> int:
         """The products summed along all convolutions and dots, one after the other."""
@@ -329,15 +345,21 @@ class _Line:
         return total
 
     def forbid_hungriest(self, graph: LayoutGraph, plan: Plan) -> bool:
-        """Rule out the chosen candidates that need more than half of the most temporary memory among them."""
-        chosen: dict[tuple[str, Candidate], int] = {}
+        """Rule out one chosen lowering at one convolution: of those in whose run most memory is alive (more than
+        half of the most), the one that is the least loss for it. Gives whether there was any."""
+        needs: dict[tuple[str, str], int] = {}
+        losses: dict[tuple[str, str], float] = {}
         for node in graph.sites:
             mode = plan.choices.get(node.path)
-            if node.conv is None or mode is None or mode.candidate is None or mode is node.modes[0]:
+            if node.conv is None or mode is None or mode.candidate is None or mode == node.modes[0]:
                 continue
+            key = node.conv.key, mode.candidate.lowering
             found = self.model.measurement(node.conv, mode.candidate)
-            chosen[node.conv.key, mode.candidate] = (found and found.temp_bytes) or 0
-        most = max(chosen.values(), default=0)
-        hungry = {key for key, need in chosen.items() if need > most / 2}
-        self.model.forbidden |= hungry
+            needs[key] = node.conv.nbytes + ((found and found.temp_bytes) or 0)
+            others = [m for m in node.modes if m.candidate and m.candidate.lowering != mode.candidate.lowering]
+            loss = min((self.model.node_ns(node, m) for m in others), default=np.inf) - self.model.node_ns(node, mode)
+            losses[key] = losses.get(key, 0.0) + max(0.0, loss)
+        hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
+        if hungry:
+            self.model.forbidden.add(max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3)))
         return bool(hungry)

@@ -1,73 +1,36 @@
-"""What a function already compiled by `jax.jit` was told, found out from outside with public means."""
+"""What a function already compiled by `jax.jit` was told."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+from jax.experimental.layout import Format
+
+from jaxlayout._compat import jit_info
 
 
-class _Neither:
-    """Not hashable, so no static argument; not an array, so no dynamic one either."""
+def is_jitted(fun: Any) -> bool:
+    """Whether a function is what `jax.jit` returned (and not a method or another wrapper of that)."""
+    return isinstance(fun, type(_jitted))
 
-    __hash__ = None  # type: ignore[assignment]
 
-
-def jit_settings(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of the `jax.jit` that made `jitted`, as far as they matter for calls of this form: static and
-    donated arguments, keep_unused, inline, compiler options. The function itself is traced, never run.
-
-    Shardings and physical formats stay with the inner jit.
-    """
-    probe = _Neither()
-    static_argnums = tuple(i for i in range(len(args)) if _is_static(jitted, _replaced(args, i, probe), kwargs))
-    static_argnames = tuple(name for name in kwargs if _is_static(jitted, args, kwargs | {name: probe}))
-    traced = jitted.trace(*args, **kwargs)
-    info_args, info_kwargs = traced.args_info
-    dynamic = [i for i in range(len(args)) if i not in static_argnums]
-    donated = tuple(i for i, info in zip(dynamic, info_args, strict=True) if _donated(info))
-    settings: dict[str, Any] = {
-        "static_argnums": static_argnums,
-        "static_argnames": static_argnames,
-        "donate_argnums": donated,
-        "donate_argnames": tuple(name for name, info in info_kwargs.items() if _donated(info)),
-    }
-    eqn = _jit_equation(jitted, args, kwargs, static_argnums, static_argnames)
-    if eqn is not None:
-        settings["keep_unused"] = eqn.params["keep_unused"]
-        if eqn.params["compiler_options_kvs"]:
-            settings["compiler_options"] = dict(eqn.params["compiler_options_kvs"])
+def jit_settings(jitted: Any) -> dict[str, Any]:
+    """The keywords of the `jax.jit` that made `jitted`: `jax.jit(jitted.__wrapped__, **jit_settings(jitted))` is
+    the same again. Raises TypeError where this JAX does not tell."""
+    info = jit_info(jitted)
+    settings = {name: getattr(info, name) for name in _AS_THEY_ARE}
+    if info.compiler_options_kvs:
+        settings["compiler_options"] = dict(info.compiler_options_kvs)
+    for place in ("in", "out"):
+        shardings, layouts = getattr(info, f"{place}_shardings_leaves"), getattr(info, f"{place}_layouts_leaves")
+        leaves = [s if at is None else Format(at, s) for at, s in zip(layouts, shardings, strict=True)]
+        settings[f"{place}_shardings"] = jax.tree.unflatten(getattr(info, f"{place}_shardings_treedef"), leaves)
     return settings
 
 
-def _replaced(args: tuple[Any, ...], i: int, value: Any) -> tuple[Any, ...]:
-    return (*args[:i], value, *args[i + 1 :])
-
-
-def _is_static(jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """jit complains of an unhashable static argument with ValueError, of a foreign dynamic one with TypeError."""
-    try:
-        jitted.trace(*args, **kwargs)
-    except ValueError:
-        return True
-    except TypeError:
-        return False
-    return False
-
-
-def _donated(info: Any) -> bool:
-    return any(leaf.donated for leaf in jax.tree.leaves(info, is_leaf=lambda x: hasattr(x, "donated")))
-
-
-def _jit_equation(
-    jitted: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    static: tuple[int, ...],
-    names: tuple[str, ...],
-) -> Any:
-    """The jit equation that a call of the function is."""
-    fixed = {name: kwargs[name] for name in names}
-    given = {name: value for name, value in kwargs.items() if name not in names}
-    jaxpr = jax.make_jaxpr(lambda *a, **k: jitted(*a, **k, **fixed), static_argnums=static)(*args, **given)
-    return next((eqn for eqn in jaxpr.eqns if "keep_unused" in eqn.params), None)
+_AS_THEY_ARE = (
+    *("static_argnums", "static_argnames", "donate_argnums", "donate_argnames"),
+    *("keep_unused", "inline", "device", "backend"),
+)
+_jitted = jax.jit(lambda: None)

@@ -141,6 +141,14 @@ class ConvSignature:
         """Multiply-adds of the convolution as written."""
         return math.prod(self.out_shape(ConvLayout.channels_last(self.rank))) * self.contraction
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of lhs, rhs and out."""
+        last, kernel = ConvLayout.channels_last(self.rank), KernelLayout.io_last(self.rank)
+        sizes = self.lhs_shape(last), self.rhs_shape(kernel), self.out_shape(last)
+        dtypes = self.lhs_dtype, self.rhs_dtype, self.out_dtype
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in zip(sizes, dtypes, strict=True))
+
     def lhs_shape(self, layout: ConvLayout) -> tuple[int, ...]:
         """The shape of lhs in a layout."""
         return self._shape(layout.axes, N=self.batch, C=self.in_features, spatial=self.spatial)

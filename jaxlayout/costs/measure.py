@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
+from jaxlayout.threads import Workers
 
 TOLERANCE = 3.0
 """c of the accuracy bound c*eps*sqrt(K). Rounding after each of K additions is a random walk with standard
@@ -214,7 +215,7 @@ def measure(
     race; one process of a machine should be here at a time. `memory_bytes`: a candidate with more temporary
     memory is not run. `relax`: multiplies the error allowed.
     """
-    with ThreadPoolExecutor(2) as pool:
+    with Workers(2) as pool:
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
             compiled = [_compile_all(job, device, pool) for job in chunk]

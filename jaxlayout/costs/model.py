@@ -18,7 +18,7 @@ from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Mode, Node
 from jaxlayout.graph.plan import Plan
-from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy, Order, conversion
+from jaxlayout.layout import LayoutPolicy, Order, conversion
 from jaxlayout.layout.order import permuted
 
 
@@ -30,8 +30,8 @@ class CostModel:
     environment: str
     policy: LayoutPolicy
     context: Context = "entry"
-    forbidden: set[tuple[str, Candidate]] = field(default_factory=set)
-    """Candidates (signature key, candidate) ruled out for this program, because of their memory say."""
+    forbidden: set[tuple[str, str]] = field(default_factory=set)
+    """Lowerings (signature key, name) ruled out for this program, because of their memory say."""
     _known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
     def known(self, key: str) -> dict[str, Measurement]:
@@ -51,7 +51,7 @@ class CostModel:
 
     def site_ns(self, conv: ConvSignature, candidate: Candidate) -> float:
         """The cost of a candidate. inf: measured to fail, ruled out, or not measured where others were."""
-        if (conv.key, candidate) in self.forbidden:
+        if (conv.key, candidate.lowering) in self.forbidden:
             return np.inf
         if (found := self.measurement(conv, candidate)) is not None:
             usable = found.status in ("ok", "slow") and found.median_ns is not None
@@ -59,29 +59,28 @@ class CostModel:
         return np.inf if self.known(conv.key) else self.prior_ns(conv, candidate)
 
     def node_ns(self, node: Node, mode: Mode) -> float:
-        """`site_ns` of a graph's convolution. The form the user wrote is always allowed, since it is what runs
-        without us; it costs dearly where it was measured to fail."""
+        """`site_ns` of a graph's convolution. What is not as the user wrote it must be faster by more than the
+        noise of its measurement. The form written is always allowed, since it is what runs without us; it costs
+        dearly where it was measured to fail."""
         if node.conv is None or mode.candidate is None:
             return 0.0
         cost = self.site_ns(node.conv, mode.candidate)
-        if np.isfinite(cost) or mode is not node.modes[0]:
-            return cost
-        return 1000 * self.prior_ns(node.conv, mode.candidate)
+        if mode != node.modes[0]:
+            found = self.measurement(node.conv, mode.candidate)
+            return cost + ((found and found.spread_ns) or 0.0)
+        return cost if np.isfinite(cost) else 1000 * self.prior_ns(node.conv, mode.candidate)
 
     def prior_ns(self, conv: ConvSignature, candidate: Candidate) -> float:
         """What the policy believes."""
         kind = "depthwise" if conv.is_depthwise else "grouped" if conv.feature_groups > 1 else "dense"
-        last = ConvLayout.channels_last(conv.rank)
-        sizes = conv.lhs_shape(last), conv.rhs_shape(KernelLayout.io_last(conv.rank)), conv.out_shape(last)
-        nbytes = sum(int(np.prod(size)) for size in sizes) * conv.lhs_dtype.itemsize
-        return self.policy.conv_ns(kind, candidate.lowering, candidate.dims, conv.macs, nbytes)
+        return self.policy.conv_ns(kind, candidate.lowering, candidate.dims, conv.macs, conv.nbytes)
 
     def conversion_ns(self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
         """The cost of one transpose of a value of logical `shape`; where it is not measured, less than it can
         be, so that a plan whose own conversions are all measured is the best one whatever the others cost."""
         _, _, found = self._transpose(shape, dtype, held, wanted)
         if found is not None and found.median_ns is not None:
-            return found.median_ns
+            return found.median_ns + (found.spread_ns or 0.0)
         return self.policy.conversion_ns(math.prod(shape) * getattr(dtype, "itemsize", 8))
 
     def _transpose(

@@ -191,9 +191,9 @@ class _Builder:
                 orders = follow(labelling, axes[slot], order)
                 return orders and Mode(orders.operands, orders.results)
 
-            (written,), free = _only(*ranks), extend(0, identity(len(axes[0])))
-            moved = free.results[0] if free is not None and free.results != written.results else None
-            modes = (written,) if moved is None or free is None else (written, free)
+            (written,), free = _only(*ranks), extend(0, identity(len(axes[0]))) if rule.moves else None
+            modes = (written,) if free is None else (written, free)
+            moved = free and free.results[0]
             self.add(path, "equation", 0, operands, results, modes, extend, name=name, moved=moved)
         else:
             self.add(path, "barrier", 0, operands, results, _only(*ranks), name=name)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain, combinations
 from typing import Any
 
@@ -32,14 +33,18 @@ def solve(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost) 
     solution = minimise([len(node.modes) for node in graph.nodes] + problem.sets, problem.factors)
     modes = [node.modes[i] for node, i in zip(graph.nodes, solution.assignment, strict=False)]
     changed = sum(mode is not node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True))
-    return Plan(
-        choices=_choices(graph, modes),
-        conversions=conversions(graph, modes),
+    return replace(
+        plan_of(graph, modes),
         predicted_ns=solution.cost - RELUCTANCE * changed,
         written_ns=sum(problem.mode_ns(node, node.modes[0]) for node in graph.nodes),
         bound_ns=max(0.0, solution.bound - RELUCTANCE * changed),
         exact=solution.exact,
     )
+
+
+def plan_of(graph: LayoutGraph, modes: Sequence[Mode]) -> Plan:
+    """The plan under which each node works in the mode given for it, whatever that costs."""
+    return Plan(choices=_choices(graph, modes), conversions=conversions(graph, modes))
 
 
 class _Problem:

@@ -1,5 +1,6 @@
 """`dot`: a 1x1 convolution as one `lax.dot_general`."""
 
+import math
 from collections.abc import Iterable
 
 import jax
@@ -42,27 +43,30 @@ class Dot(Lowering):
 
 
 def contract(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, axis: int) -> jax.Array:
-    """out, from lhs laid out as `dims.lhs` (its batch first; C is what is summed over) and a matrix rhs (which
-    sums over `axis`).
+    """out, from lhs at the positions of out, laid out as `dims.lhs` with what is summed over as its C, and a matrix rhs
+    that is summed over `axis`.
 
-    An XLA dot has its batch axes first and merges the free axes of each operand, which must be adjacent for that to
-    cost nothing. So from channels last to channels last it is one plain matrix product. Where channels come
-    first on either side, it is one product for each image, which reads and writes either order, for a
-    copy of rhs per image; that pays while an image is larger than the copy (measured on CPU: wins at
-    56x56 by 1.4-1.7, loses at 7x7 by 1.6). Below that XLA transposes the images.
+    An XLA dot puts its batch axes first and merges the free axes of each operand, which costs nothing only where they
+    are adjacent. From channels last to channels last it is one plain product. With channels first on either
+    side it is one product per image, which reads and writes either order, with a copy of rhs for each
+    image; that pays where an image of out has no fewer positions than features (measured on CPU, against
+    transposing the images: wins at 56x56 by 1.4 to 1.7, loses at 7x7 by 1.6).
     """
-    c, images = dims.lhs.axes.index("C"), lhs.shape[0]
-    first = not dims.out.is_channels_last
-    positions = lhs.size // max(1, images * lhs.shape[c])
-    each = images > 1 and positions >= rhs.shape[1 - axis] and (first or not dims.lhs.is_channels_last)
+    images, positions, sums = conv.batch, math.prod(conv.out_spatial), rhs.shape[axis]
+    from_last, to_last = dims.lhs.is_channels_last, dims.out.is_channels_last
+    lhs = lax.reshape(lhs, (images, positions, sums) if from_last else (images, sums, positions))
+    each = images > 1 and positions >= rhs.shape[1 - axis] and not (from_last and to_last)
+    rhs_first = not to_last and (each or images == 1)
+    if rhs_first and axis == 0:  # XLA wants a left operand summed over its last axis, and the kernel is the small one
+        rhs, axis = lax.transpose(rhs, (1, 0)), 1
+    lhs_sum, rhs_sum, batch = (2 if from_last else 1,), (axis,), ()
     if each:
-        rhs, axis = lax.broadcast(rhs, (images,)), axis + 1
-    batch = ((0,), (0,)) if each else ((), ())
+        rhs, rhs_sum, batch = lax.broadcast(rhs, (images,)), (axis + 1,), (0,)
     options = {"preferred_element_type": conv.preferred_element_type}
-    if first and (each or images == 1):
+    if rhs_first:
         swapped = conv.precision[::-1] if isinstance(conv.precision, tuple) else conv.precision
-        out = lax.dot_general(rhs, lhs, (((axis,), (c,)), batch), precision=swapped, **options)
-        return out if each else lax.reshape(out, conv.out_shape(dims.out))  # O, 1, positions
-    out = lax.dot_general(lhs, rhs, (((c,), (axis,)), batch), precision=conv.precision, **options)
-    last = out.ndim - 1
-    return lax.transpose(out, (0, last, *range(1, last))) if first and last > 1 else out
+        out = lax.dot_general(rhs, lhs, ((rhs_sum, lhs_sum), (batch, batch)), precision=swapped, **options)
+    else:
+        out = lax.dot_general(lhs, rhs, ((lhs_sum, rhs_sum), (batch, batch)), precision=conv.precision, **options)
+        out = out if to_last else lax.transpose(out, (0, 2, 1))
+    return lax.reshape(out, conv.out_shape(dims.out))

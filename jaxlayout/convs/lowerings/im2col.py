@@ -41,7 +41,7 @@ class Im2col(Lowering):
         return lax.reshape(rhs, (k, o) if dims.lhs.is_channels_last else (o, k))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        if 0 in conv.out_shape(dims.out):
+        if 0 in conv.spatial or 0 in conv.out_spatial:  # nothing to read, or nowhere to write
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         last = dims.lhs.is_channels_last
 

@@ -30,9 +30,9 @@ class Shifted(Lowering):
     Accuracy: products and sums in the dtype of out, half precision in float32 and rounded once, as in XLA. A
     NaN in lhs reaches only the outputs that read it; one in the kernel no more of them than in XLA.
 
-    Fast on CPU takes three things: a barrier behind the padding, without which XLA reads lhs and its padded copy side by
-    side; a partial sum for each row of the kernel, as one chain of multiply-adds is bound by its latency; and no copy where
-    few taps reach over the edge.
+    Fast on CPU takes three things: a barrier behind the padding, without which XLA reads lhs and its padded copy
+    side by side; a partial sum for each row of the kernel, as one chain of multiply-adds is bound by its latency;
+    and no copy at all where few taps reach over the edge.
     """
 
     name = "shifted"
@@ -52,9 +52,7 @@ class Shifted(Lowering):
         taps = (math.prod(conv.kernel), *_frame(dims, ones, 1, groups, conv.out_features // groups))
         return lax.optimization_barrier(lax.reshape(rhs, taps).astype(_accumulator(conv)))
 
-    def apply(
-        self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array
-    ) -> jax.Array:
+    def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         lhs = lax.expand_dims(lhs, [dims.lhs.axes.index("C") + 1])  # groups, multiplier
         if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
             lhs = lhs.astype(prepared.dtype)
@@ -66,19 +64,16 @@ class Shifted(Lowering):
         lhs = lax.optimization_barrier(lhs)
         zero, rows = lax.full((), 0, prepared.dtype), {}
         for i, tap in enumerate(itertools.product(*map(range, conv.kernel))):
-            # The outputs that meet this tap, [a, b) along each axis, and what they read: from a * stride + at.
             at = [t * d - lo for t, d, lo in zip(tap, conv.rhs_dilation, low, strict=True)]
-            a = [max(0, -(p // s)) for p, s in zip(at, conv.strides, strict=True)]
-            ends = zip(at, sizes, conv.strides, conv.out_spatial, strict=True)
-            b = [min(o, (n - 1 - p) // s + 1) for p, n, s, o in ends]
-            if any(x >= y for x, y in zip(a, b, strict=True)):
+            spans = [_span(*axis) for axis in zip(at, sizes, conv.strides, conv.out_spatial, strict=True)]
+            if 0 in conv.spatial or any(a >= b for a, b in spans):
                 continue
-            start = [x * s + p for x, s, p in zip(a, conv.strides, at, strict=True)]
-            stop = [(y - 1) * s + p + 1 for y, s, p in zip(b, conv.strides, at, strict=True)]
+            start = [a * s + p for (a, _), s, p in zip(spans, conv.strides, at, strict=True)]
+            stop = [(b - 1) * s + p + 1 for (_, b), s, p in zip(spans, conv.strides, at, strict=True)]
             limits = _frame(dims, stop, conv.batch, conv.in_features, 1)
             view = lax.slice(lhs, _frame(dims, start, 0, 0, 0), limits, _frame(dims, conv.strides, 1, 1, 1))
             term = view.astype(prepared.dtype) * lax.index_in_dim(prepared, i, keepdims=False)
-            edges = [(x, o - y, 0) for x, y, o in zip(a, b, conv.out_spatial, strict=True)]
+            edges = [(a, o - b, 0) for (a, b), o in zip(spans, conv.out_spatial, strict=True)]
             term = lax.pad(term, zero, _frame(dims, edges, *[(0, 0, 0)] * 3))
             row = (*tap[:-1], tap[-1] // 8) if tap else ()
             rows[row] = rows[row] + term if row in rows else term
@@ -86,6 +81,11 @@ class Shifted(Lowering):
         if not rows:
             return lax.full(shape, 0, conv.out_dtype)
         return lax.reshape(reduce(lax.add, rows.values()), shape).astype(conv.out_dtype)
+
+
+def _span(at: int, size: int, stride: int, outputs: int) -> tuple[int, int]:
+    """The outputs, from and to, of which a tap reads an element: number o reads element o * stride + at."""
+    return max(0, -(at // stride)), min(outputs, (size - 1 - at) // stride + 1)
 
 
 def _accumulator(conv: ConvSignature) -> np.dtype:
@@ -99,10 +99,13 @@ def _frame(dims: ConvDimensionNumbers, spatial: Iterable[Any], batch: Any, *feat
 
 
 def _few_edges(conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
-    """Whether to add up views of lhs itself, a tap padded with zeros where it reads over the edge, rather than of a padded copy.
+    """Whether to add up views of lhs itself, each product padded where its tap reads over the edge, and write no copy.
 
-    LLVM has to move the conditions of all taps out of its innermost loop. Measured on XLA:CPU it does so with channels
-    innermost and three taps along each of at most two axes, which wins 1.3 to 2 times; otherwise it loses up to 6.
+    LLVM has to move the conditions of all taps out of its innermost loop. Measured on XLA:CPU, it does so with
+    channels innermost and up to three taps along each of at most two axes, and that wins 1.3 to 2 times; otherwise
+    it loses up to 6.
     """
+    if any(d != 1 for d in conv.lhs_dilation):
+        return False
     small = conv.rank <= 2 and max(conv.kernel, default=1) <= 3
-    return small and dims.lhs.is_channels_last and all(d == 1 for d in conv.lhs_dilation)
+    return math.prod(conv.kernel) == 1 or (small and dims.lhs.is_channels_last)

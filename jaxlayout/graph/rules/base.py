@@ -52,6 +52,8 @@ class Rule:
     """The parameters that change when operands and results have these orders."""
     bind: Callable[[Any, Sequence[Any], Orders], list[Any]] | None = None
     """In place of `rewrite`, where more than parameters change: equation, physical operands, orders."""
+    moves: bool = False
+    """It is there to move its operand's axes: done as written it costs what a conversion costs, absorbed nothing."""
 
     def apply(self, eqn: Any, operands: Sequence[Any], orders: Orders) -> list[Any]:
         """Bind the equation on physical operands; gives physical results."""

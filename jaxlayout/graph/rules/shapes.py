@@ -25,7 +25,7 @@ def _transposed(eqn) -> Labelling:
 
 
 # The user's own transposes cost nothing: the same array is looked at in another order.
-register_rule(p.transpose_p, Rule(_transposed, bind=lambda eqn, operands, orders: [operands[0]]))
+register_rule(p.transpose_p, Rule(_transposed, bind=lambda eqn, operands, orders: [operands[0]], moves=True))
 
 
 def _broadcast(eqn) -> Labelling | None:

@@ -1,0 +1,211 @@
+"""Whole functions under `jax.jit` and under `auto_layout`, in turn in one process, with two ablations.
+
+    python -m bench.networks [case ...] [--table FILE] [--out bench/results]
+
+Writes networks-jax<version>.json and .md into --out. Columns: medians in ms; ratio, the median of pairwise ratios,
+and half its interquartile range; errors against a float64 run, relative to its rms; transposes in the program as
+written and tuned; temporary memory tuned / written; seconds of tuning and how many convolutions and transposes were
+timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings alone`: any lowering, orders as written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bench.models import MODELS
+from bench.timing import paired
+from jaxlayout import Candidate, auto_layout
+from jaxlayout.convs.candidates import candidates
+from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.measure import measure
+from jaxlayout.costs.model import CostModel
+from jaxlayout.graph.build import build_graph
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.solve import solve
+from jaxlayout.layout import LayoutPolicy
+from jaxlayout.program import count_transposes
+from jaxlayout.tune import open_table
+
+Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
+"""Builds a function and its arguments."""
+
+
+def _normal(*shape: int, scale: float = 1.0) -> jax.Array:
+    return jnp.asarray(scale * np.random.default_rng(sum(shape)).standard_normal(shape, np.float32))
+
+
+def optimal() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Two convolutions as XLA likes them best."""
+
+    def f(x: Any, v: Any, w: Any) -> Any:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        y = jax.nn.relu(lax.conv_general_dilated(x, v, (1, 1), "SAME", dimension_numbers=numbers))
+        return lax.conv_general_dilated(y, w, (1, 1), "SAME", dimension_numbers=numbers)
+
+    return f, (_normal(8, 56, 56, 64), _normal(3, 3, 64, 64, scale=0.05), _normal(3, 3, 64, 65, scale=0.05))
+
+
+def mlp() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """No convolution at all."""
+
+    def f(x: Any, *weights: Any) -> Any:
+        for w in weights:
+            x = jax.nn.relu(x @ w)
+        return x
+
+    return f, (_normal(256, 1024), *(_normal(1024, 1024, scale=0.04) for _ in range(4)))
+
+
+def one_among_many() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """One NCHW convolution among 300 other operations."""
+
+    def f(x: Any, w: Any) -> Any:
+        y = lax.conv_general_dilated(x, w, (1, 1), "SAME")
+        for i in range(150):
+            y = y * (1.0 + 1e-3 * i) + jnp.roll(y, 1, axis=3) * 1e-3 if i % 50 == 0 else jnp.tanh(y) + 0.1 * y
+        return y.mean((2, 3))
+
+    return f, (_normal(8, 16, 56, 56), _normal(16, 16, 3, 3, scale=0.1))
+
+
+def _model(name: str) -> Case:
+    def build() -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        model = MODELS[name]
+        apply, params, images = model.build(model.batch, model.size, jax.random.key(0))
+        return apply, (params, images)
+
+    return build
+
+
+CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
+    "optimal": optimal,
+    "mlp": mlp,
+    "one_among_many": one_among_many,
+}
+
+
+def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:
+    """The best plan whose candidates, beside the written one, all pass `keep(candidate, written)`."""
+    device = jax.devices()[0]
+    model = CostModel(
+        open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_platform(device.platform)
+    )
+    graph = build_graph(jaxpr, lambda conv, w: [c for c in candidates(conv, w) if c == w or keep(c, w)])
+    while True:
+        plan = solve(graph, model.node_ns, model.conversion_ns)
+        missing = [*model.missing_convolutions(graph), *model.missing_conversions(plan)]
+        if not missing:
+            return plan
+        for job, found in measure(missing, device=device):
+            model.record(job.key, found)
+
+
+def errors(f: Callable[..., Any], args: tuple[Any, ...], *outs: Any) -> list[float]:
+    """The largest errors of outputs against a float64 run, relative to its rms."""
+
+    def wide(x: Any) -> Any:
+        return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    with jax.enable_x64(True):
+        exact = np.asarray(jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
+    rms = float(np.sqrt(np.mean(exact**2)))
+    return [float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / rms for out in outs]
+
+
+def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
+    """One row."""
+    f, args = CASES[name]()
+    plain, tuned = jax.jit(f), auto_layout(f, table=table)
+    start = time.monotonic()
+    found = jax.block_until_ready(tuned(*args))
+    first_call = time.monotonic() - start
+    expected = jax.block_until_ready(plain(*args))
+    outcome = tuned.outcome(*args)
+    jaxpr = jax.make_jaxpr(f)(*args)
+    seen = paired(plain, tuned, *args)
+    error, error_jit = errors(f, args, found, expected)
+    verdict = outcome.verdict
+    row: dict[str, Any] = {
+        "case": name,
+        "jit_ms": seen.first_ms,
+        "auto_layout_ms": seen.second_ms,
+        "ratio": seen.ratio,
+        "spread": seen.spread,
+        "kept": outcome.kept,
+        "reason": verdict.reason,
+        "error": error,
+        "error_jit": error_jit,
+        "transposes_written": count_transposes(jaxpr),
+        "transposes_tuned": len(outcome.plan.conversions) if outcome.kept else count_transposes(jaxpr),
+        "memory": verdict.tuned_temp / verdict.original_temp if verdict.original_temp and verdict.tuned_temp else None,
+        "optimal": outcome.plan.exact,
+        "predicted_ms": outcome.plan.predicted_ns / 1e6,
+        "tuning_s": outcome.seconds,
+        "timed": outcome.measured,
+        "first_call_s": first_call,
+    }
+    if ablations and outcome.kept:
+        for label, keep in (
+            ("layouts_alone", lambda c, w: c.lowering == "xla"),
+            ("lowerings_alone", lambda c, w: c.dims == w.dims),
+        ):
+            alone = auto_layout(f, table=table, plan=restricted_plan(jaxpr, table, keep))
+            jax.block_until_ready(alone(*args))
+            row[label] = paired(plain, alone, *args, pairs=9).ratio
+    return row
+
+
+def markdown(rows: list[dict[str, Any]], command: str) -> str:
+    """The table."""
+    head = (
+        "| case | jit ms | auto_layout ms | ratio | layouts alone | lowerings alone | error (jit's) | transposes |"
+        " memory | tuning s (timed) | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+
+    def times(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}x"
+
+    lines = [
+        f"| {r['case']} | {r['jit_ms']:.1f} | {r['auto_layout_ms']:.1f} | **{r['ratio']:.2f}x** ±{r['spread']:.2f} "
+        f"| {times(r.get('layouts_alone'))} | {times(r.get('lowerings_alone'))} "
+        f"| {r['error']:.1e} ({r['error_jit']:.1e}) | {r['transposes_written']} → {r['transposes_tuned']} "
+        f"| {times(r['memory'])} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
+        for r in rows
+    ]
+    device = jax.devices()[0].device_kind
+    return f"jax {jax.__version__}, {device}, `{command}`\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the cases and write the tables, after each case anew."""
+    parser = argparse.ArgumentParser(prog="python -m bench.networks", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", help=f"default: all of {', '.join(CASES)}")
+    parser.add_argument("--table", default=None, help="cost table, default: the user's")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--no-ablations", action="store_true")
+    given = parser.parse_args(argv)
+    rows = []
+    for name in given.cases or CASES:
+        rows.append(run(name, given.table, not given.no_ablations))
+        name = f"networks-jax{jax.__version__}"
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        text = markdown(rows, "python -m bench.networks")
+        (given.out / f"{name}.md").write_text(text)
+        print(text.splitlines()[-1], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Whether a plan fits a program: asked of a plan that was made elsewhere, perhaps for another version of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from jax.extend import source_info_util
+
+from jaxlayout._compat import open_jaxpr
+from jaxlayout.convs.candidates import Candidate, candidates
+from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
+from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.graph.build import Mode, Path
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.rules import Orders, RegionRule, Rule, follow, rule_for
+from jaxlayout.layout import identity
+
+
+def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """The equations that a plan can speak of, with where they are."""
+    for i, eqn in enumerate(open_jaxpr(jaxpr).eqns):
+        here = (*path, i)
+        yield here, eqn
+        rule = rule_for(eqn.primitive)
+        if isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
+            yield from located(body, here)
+
+
+def check_fit(jaxpr: Any, plan: Plan) -> None:
+    """Raise ValueError, naming the equation, where a plan says what cannot be of this program."""
+    equations = dict(located(jaxpr))
+    for path, mode in plan.choices.items():
+        if path not in equations:
+            raise ValueError(f"the plan does not fit: the program has no equation {path}")
+        if why := _objection(equations[path], mode):
+            raise misfit(equations[path], path, why)
+
+
+def misfit(eqn: Any, path: Path, why: str) -> ValueError:
+    """The error for an equation that is not what a plan takes it for."""
+    shapes = ", ".join(str(v.aval) for v in eqn.invars)
+    line = source_info_util.summarize(eqn.source_info)
+    return ValueError(f"the plan does not fit: equation {path} {eqn.primitive}({shapes}) {why} [{line}]")
+
+
+def _objection(eqn: Any, mode: Mode) -> str:
+    ranks = [len(getattr(v.aval, "shape", ())) for v in (*eqn.invars, *eqn.outvars)]
+    if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
+        return "has other operands or results than the plan says"
+    if all(order == identity(len(order)) for order in (*mode.operands, *mode.results)) and mode.candidate is None:
+        return ""  # as written
+    rule = rule_for(eqn.primitive)
+    if mode.candidate is not None:
+        return _site_objection(eqn, mode, mode.candidate)
+    if isinstance(rule, Rule) and (labelling := rule.axes(eqn)) is not None:
+        orders = Orders(mode.operands, mode.results)
+        axes = zip((*labelling.operands, *labelling.results), (*orders.operands, *orders.results), strict=True)
+        possible = any(follow(labelling, value, order) == orders for value, order in axes)
+        return "" if possible else "cannot have the orders that the plan says"
+    return "" if isinstance(rule, RegionRule) and rule.body(eqn) is not None else "has no rule for other orders"
+
+
+def _site_objection(eqn: Any, mode: Mode, candidate: Candidate) -> str:
+    if eqn.primitive not in CONVOLUTIONS:
+        return "is not a convolution"
+    dims = written_order(eqn.params)
+    conv = ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params)
+    if candidate not in candidates(conv, Candidate(chosen_lowering(eqn.params), dims)):
+        return f"cannot be computed by {candidate}"
+    operands = candidate.dims.lhs.permutation_from(dims.lhs), candidate.dims.rhs.permutation_from(dims.rhs)
+    agree = (*mode.operands, *mode.results) == (*operands, candidate.dims.out.permutation_from(dims.out))
+    return "" if agree else "has other orders than its candidate"

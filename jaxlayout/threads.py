@@ -1,0 +1,49 @@
+"""Threads to tune in: no trace is under way there, and JAX is set as it is for the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import jax
+
+
+class Workers(ThreadPoolExecutor):
+    """Threads with the JAX settings of the thread that makes them (settings are thread-local), but for what would
+    disturb tuning. `device`: their default device, if not that thread's."""
+
+    def __init__(self, count: int, device: Any = None):
+        super().__init__(count, thread_name_prefix="jaxlayout")
+        config: Any = jax.config
+        device = device or config.jax_default_device
+        self._device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+        self._precision = config.jax_default_matmul_precision
+        self._x64 = config.jax_enable_x64
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """As of any executor."""
+
+        def work() -> Any:
+            with self._settings():
+                return function(*args, **kwargs)
+
+        return super().submit(work)
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for setting in (
+                jax.default_device(self._device),
+                jax.default_matmul_precision(self._precision),
+                jax.enable_x64(self._x64),
+                jax.debug_infs(False),
+                jax.debug_nans(False),
+                jax.disable_jit(False),
+                jax.numpy_dtype_promotion("standard"),
+                jax.numpy_rank_promotion("allow"),
+                jax.transfer_guard("allow"),
+            ):
+                stack.enter_context(setting)
+            yield

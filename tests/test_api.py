@@ -1,0 +1,962 @@
+"""`auto_layout` is `jax.jit` to its users, whatever they do with it.
+
+Values are held against plain JAX, on functions that the made-up costs of `forced` do change: `same` and `is_tuned`
+say so, since comparing a function with itself proves nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import inspect
+import threading
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.layout import Format, Layout
+
+import jaxlayout
+from jaxlayout import AutoLayout, Options, api, auto_layout
+from jaxlayout.convs.primitive import tuned_conv_p
+from jaxlayout.program import equations
+
+pytestmark = pytest.mark.usefixtures("forced")
+
+
+def conv(x, k):
+    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+
+def net(params, x):
+    return jnp.tanh(conv(x, params["kernel"]) + params["bias"][:, None, None]) * 2.0
+
+
+def normal(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+X = normal(0, 2, 3, 6, 5)
+K = normal(1, 4, 3, 3, 3)
+PARAMS = {"kernel": K, "bias": normal(2, 4)}
+
+
+def is_tuned(fun: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function, traced with these arguments, has a convolution that was chosen."""
+    jaxpr = jax.make_jaxpr(lambda: fun(*args, **kwargs))()
+    return any(eqn.primitive is tuned_conv_p for eqn in equations(jaxpr))
+
+
+def close(found: Any, expected: Any) -> None:
+    """Equal in structure, dtypes and weak types, and in numbers up to the order of a sum."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
+        if jnp.issubdtype(b.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        if jnp.issubdtype(b.dtype, jnp.inexact):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5 * float(np.abs(b).max(initial=0)))
+        else:
+            np.testing.assert_array_equal(a, b)
+
+
+def same(fun: Any, *args: Any, jit: dict[str, Any] | None = None, **kwargs: Any) -> AutoLayout:
+    """Assert that `auto_layout` gives what `jax.jit` gives, through a rewritten function; gives it for more."""
+    tuned = auto_layout(fun, **(jit or {}))
+    close(tuned(*args, **kwargs), jax.jit(fun, **(jit or {}))(*args, **kwargs))
+    outcome = tuned.outcome(*args, **kwargs)
+    assert outcome.kept, outcome.verdict.reason
+    return tuned
+
+
+# Forms
+
+
+def test_bare():
+    @auto_layout
+    def f(params, x):
+        """Says what it does."""
+        return net(params, x)
+
+    assert isinstance(f, AutoLayout)
+    close(f(PARAMS, X), net(PARAMS, X))
+    assert f.outcome(PARAMS, X).kept
+    assert (f.__name__, f.__doc__, f.__module__) == ("f", "Says what it does.", __name__)
+    assert f.__qualname__ == "test_bare.<locals>.f"
+    assert f.__wrapped__(PARAMS, X).shape == (2, 4, 6, 5)
+    assert repr(f) == f"auto_layout({f.__wrapped__!r})"
+    assert list(inspect.signature(f).parameters) == ["params", "x"]
+
+
+def test_with_arguments():
+    @auto_layout(static_argnames="scale", numerics="relaxed")
+    def f(params, x, scale):
+        return net(params, x) * (scale if scale > 1 else 1)
+
+    close(f(PARAMS, X, scale=3), net(PARAMS, X) * 3)
+    assert f.outcome(PARAMS, X, scale=3).kept
+    assert f.options.numerics == "relaxed"
+
+
+def test_over_what_has_no_name():
+    class Callable:
+        def __call__(self, x):
+            return conv(x, K)
+
+    for fun in (partial(net, PARAMS), Callable(), partial(jax.jit(net), PARAMS)):
+        tuned = auto_layout(fun)
+        close(tuned(X), fun(X))
+        assert tuned.outcome(X).kept
+        assert repr(tuned).startswith("auto_layout(")
+
+
+def test_attributes_of_the_function_do_not_hide_methods():
+    def f(x):
+        return conv(x, K)
+
+    f.plan = f.options = f._entry = f.trace = None
+    close(auto_layout(f)(X), conv(X, K))
+    assert not auto_layout(f).plan(X).trivial
+
+
+def test_over_what_is_no_function():
+    with pytest.raises(TypeError, match="3 is not a function"):
+        auto_layout(3)
+
+
+def test_over_auto_layout_keeps_what_it_was_told():
+    once = auto_layout(lambda x, n: conv(x, K) * n, static_argnums=1, memory_limit=500.0)
+    twice = auto_layout(once, time_budget=7.0)
+    assert twice.__wrapped__ is once.__wrapped__
+    assert (twice.options.memory_limit, twice.options.time_budget) == (500.0, 7.0)
+    close(twice(X, 3), once(X, 3))
+    plan = once.plan(X, 3)
+    assert auto_layout(auto_layout(once, plan=plan)).outcome(X, 3).source == "pinned"
+
+
+def test_copies_are_the_function():
+    f = auto_layout(net)
+    assert copy.copy(f) is f and copy.deepcopy({"f": f})["f"] is f
+    assert {f: 1}[f] == 1
+
+
+def test_it_is_collected():
+    class Big:
+        pass
+
+    big = Big()
+    seen = []
+    import weakref
+
+    ref = weakref.ref(big, seen.append)
+    f = auto_layout(lambda x, big=big: conv(x, K))
+    f(X)
+    del f, big
+    gc.collect()
+    assert ref() is None
+
+
+# Keywords of jax.jit
+
+DEVICE = jax.devices()[0]
+ONE = jax.sharding.SingleDeviceSharding(DEVICE)
+JIT_KEYWORDS: dict[str, Any] = {
+    "in_shardings": ONE,
+    "out_shardings": ONE,
+    "static_argnums": 2,
+    "static_argnames": "n",
+    "donate_argnums": (1,),
+    "donate_argnames": "x",
+    "keep_unused": True,
+    "device": DEVICE,
+    "backend": "cpu",
+    "inline": True,
+    "compiler_options": {"xla_embed_ir_in_executable": True},
+}
+
+
+@pytest.mark.parametrize("name", tuple(inspect.signature(jax.jit).parameters)[1:])
+@pytest.mark.parametrize("over", ["function", "jitted"])
+@pytest.mark.filterwarnings("ignore:backend and device argument on jit is deprecated:DeprecationWarning")
+def test_every_keyword_of_jit(name, over):
+    def f(params, x, n):
+        return conv(net(params, x), normal(9, 3, 4, 3, 3)) * n  # of the shape of x, which may be donated
+
+    keywords = {name: JIT_KEYWORDS[name]}  # a KeyError here: jit has a new keyword
+    tuned = auto_layout(f, **keywords) if over == "function" else auto_layout(jax.jit(f, **keywords))
+    close(tuned(PARAMS, X.copy(), 2.0), jax.jit(f, **keywords)(PARAMS, X.copy(), 2.0))
+    assert tuned.outcome(PARAMS, X, 2.0).kept
+    assert is_tuned(partial(tuned, PARAMS), X, 2.0)
+
+
+def test_unknown_keyword():
+    with pytest.raises(TypeError, match=r"unknown keyword nonsense, static; .*time_budget.*static_argnums"):
+        auto_layout(net, nonsense=1, static=2)
+
+
+def test_jit_keyword_over_what_is_jitted():
+    for jitted in (jax.jit(net), auto_layout(net)):
+        with pytest.raises(TypeError, match="donate_argnums"):
+            auto_layout(jitted, donate_argnums=1)
+        assert auto_layout(jitted, verdict=False)(PARAMS, X).shape == (2, 4, 6, 5)
+
+
+def pairs(fun: Any, **keywords: Any) -> list[Any]:
+    """Both ways of giving jit's keywords."""
+    return [auto_layout(fun, **keywords), auto_layout(jax.jit(fun, **keywords))]
+
+
+@pytest.mark.parametrize("how", [{"static_argnums": (1, -1)}, {"static_argnames": ("flags", "n")}])
+def test_static_arguments(how):
+    def f(x, flags, k, n):
+        assert isinstance(flags, tuple) and isinstance(n, int)
+        return conv(x, k) * n if flags[0] else x
+
+    for tuned in pairs(f, **how):
+        close(tuned(X, (True, "a"), K, 3), conv(X, K) * 3)
+        close(tuned(X, (True, "a"), K, 4), conv(X, K) * 4)
+        close(tuned(X, (False,), K, 4), X)
+        close(tuned(X, flags=(True,), k=K, n=5), conv(X, K) * 5) if "static_argnames" in how else None
+        assert tuned.outcome(X, (True, "a"), K, 4).kept
+        assert not tuned.outcome(X, (False,), K, 4).kept
+        with pytest.raises(ValueError, match=r"[Nn]on-hashable static"):
+            tuned(X, [True], K, 3)
+
+
+@pytest.mark.parametrize("how", [{"donate_argnums": (0,)}, {"donate_argnames": ("x",)}])
+def test_donated_arguments(how):
+    def f(x, k):
+        return conv(x, k)
+
+    k = normal(3, 3, 3, 3, 3)
+    for tuned in pairs(f, **how):
+        expected = conv(X, k)
+        for _ in range(2):  # the call that tunes, and a warm one
+            x = X.copy()
+            close(tuned(x, k), expected)
+            assert x.is_deleted() and not k.is_deleted()
+        assert tuned.outcome(X, k).kept
+        assert tuned.lower(X, k).donate_argnums == (0,)
+        assert not X.is_deleted()
+
+
+def test_unused_arguments_are_kept_or_not():
+    def f(x, unused):
+        return conv(x, K)
+
+    for keep in (True, False):
+        for tuned in pairs(f, keep_unused=keep):
+            close(tuned(X, X), conv(X, K))
+            assert tuned.outcome(X, X).kept
+            lowered = tuned.lower(X, X).as_text()
+            assert lowered.count(f"tensor<{'x'.join(map(str, X.shape))}xf32>", 0, lowered.index("->")) == 1 + keep
+
+
+def test_compiler_options_arrive():
+    def f(x):
+        return conv(x, K)
+
+    for tuned in pairs(f, compiler_options={"no_such_option": 1}):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+            tuned(X)
+    for tuned in pairs(f, compiler_options={"xla_cpu_enable_fast_math": False}):
+        close(tuned(X), conv(X, K))
+        close(jax.jit(lambda x: tuned(x))(X), conv(X, K))  # where plain jit refuses
+
+
+def test_inlined():
+    for tuned in pairs(lambda x: conv(x, K), inline=True):
+        names = [eqn.primitive.name for eqn in jax.make_jaxpr(tuned)(X).eqns]
+        assert "tuned_conv" in names
+    assert "tuned_conv" not in [eqn.primitive.name for eqn in jax.make_jaxpr(auto_layout(net))(PARAMS, X).eqns]
+
+
+def test_physical_formats():
+    format_ = Format(Layout(major_to_minor=(0, 2, 3, 1)), ONE)
+    for tuned in pairs(lambda x, k: conv(x, k), in_shardings=(format_, None), out_shardings=format_):
+        x = jax.device_put(X, format_)
+        out = tuned(x, K)
+        close(out, conv(X, K))
+        assert out.format.layout == format_.layout
+        assert tuned.outcome(x, K).kept
+
+
+# A function jitted already
+
+
+def test_what_a_jitted_function_was_told_is_found_without_running_or_tracing_it():
+    calls = []
+
+    def f(x, n):
+        calls.append(n)
+        jax.debug.callback(lambda: calls.append("run"))
+        return conv(x, K) * n
+
+    tuned = auto_layout(jax.jit(f, static_argnums=1))
+    assert calls == []
+    tuned(X, 2)
+    jax.effects_barrier()
+    assert calls == [2, "run"]
+    tuned(X, 2)
+    jax.effects_barrier()
+    assert calls == [2, "run", "run"]
+
+
+def test_a_jax_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr("jaxlayout.wrapped.jit_info", lambda jitted: jaxlayout._compat.jit_info(object()))
+    with pytest.raises(TypeError, match="decorate the function itself"):
+        auto_layout(jax.jit(net))
+
+
+def test_jitted_methods_are_no_jitted_functions():
+    class Model:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        @partial(jax.jit, static_argnums=0)
+        def __call__(self, x):
+            return conv(x, self.kernel)
+
+    model = Model(K)
+    close(auto_layout(model.__call__)(X), conv(X, K))
+    close(auto_layout(model)(X), conv(X, K))
+    assert auto_layout(model.__call__).outcome(X).kept
+
+
+def test_wrappers_of_jitted_functions_are_no_jitted_functions():
+    @functools.wraps(inner := jax.jit(net))
+    def outer(params, x):
+        return inner(params, x) + 1
+
+    close(auto_layout(outer)(PARAMS, X), net(PARAMS, X) + 1)
+
+
+# Arguments and results
+
+
+def test_method_with_static_self():
+    class Model:
+        def __init__(self, scale):
+            self.scale = scale
+
+        @partial(auto_layout, static_argnums=0)
+        def predict(self, params, x, *, plus=0.0):
+            return net(params, x) * self.scale + plus
+
+    one, two = Model(1.0), Model(2.0)
+    for model in (one, two):
+        close(model.predict(PARAMS, X, plus=1.0), net(PARAMS, X) * model.scale + 1.0)
+    assert Model.predict.outcome(one, PARAMS, X).kept
+    assert isinstance(Model.predict, AutoLayout)
+
+
+def test_method_of_a_pytree():
+    @jax.tree_util.register_dataclass
+    class Model(NamedTuple):
+        kernel: Any
+        bias: Any
+
+        @auto_layout
+        def __call__(self, x):
+            return net({"kernel": self.kernel, "bias": self.bias}, x)
+
+    model = Model(**PARAMS)
+    close(model(X), net(PARAMS, X))
+    assert Model.__call__.outcome(model, X).kept
+    grads = jax.grad(lambda model: model(X).sum())(model)
+    close(grads.kernel, jax.grad(lambda p: net(p, X).sum())(PARAMS)["kernel"])
+
+
+def test_pytrees_in_and_out():
+    class Both(NamedTuple):
+        a: Any
+        b: Any
+
+    def f(tree, *more, **named):
+        y = conv(tree["x"][0], named["k"])
+        return Both(a=(y, None), b={"z": [more[0] + 1, ()], "none": None, "x": tree["x"][0]})
+
+    same(f, {"x": [X, None], "empty": {}}, normal(4, 3), None, k=K)
+
+
+def test_keywords_in_any_order():
+    def f(*, a, b, c=1.0):
+        return conv(a, b) * c
+
+    tuned = same(f, a=X, b=K)
+    close(tuned(b=K, a=X, c=2.0), conv(X, K) * 2.0)
+    assert tuned.outcome(c=2.0, b=K, a=X).kept
+
+
+def test_python_scalars_stay_weak():
+    def f(x, k, a, b, c):
+        return conv(x, k) * a, a, b + 1, c, jnp.float16(1) * a
+
+    same(f, X, K, 2.0, 3, True)
+    same(f, X, K, np.float32(2.0), np.int8(3), np.array(True))
+    same(f, X.astype(jnp.bfloat16), K.astype(jnp.bfloat16), 2, 3, False)
+
+
+def test_numpy_and_wide_arguments():
+    same(conv, np.asarray(X), np.asarray(K, np.float64).astype(np.float32))
+    same(lambda x, k, n: (conv(x, k), n), X, K, np.arange(3))
+
+
+def test_keys_in_and_out():
+    def f(x, key, raw):
+        one, two = jax.random.split(key)
+        noise = jax.random.normal(one, x.shape) + jax.random.normal(raw, x.shape)
+        return conv(x + noise, K), two, jax.random.split(key, (2, 3)), key
+
+    tuned = same(f, X, jax.random.key(3), jax.random.PRNGKey(1))
+    expected = jax.jit(f)(X, jax.random.key(3, impl="rbg"), jax.random.PRNGKey(1))
+    close(tuned(X, jax.random.key(3, impl="rbg"), jax.random.PRNGKey(1)), expected)
+
+
+def test_results_that_are_arguments_or_constants():
+    same(lambda x, k: (x, conv(x, k), x, 1, np.arange(3), jnp.zeros(2), x.shape), X, K)
+
+
+def test_no_arguments():
+    same(lambda: conv(X, K))
+
+
+def test_nothing_to_tune():
+    f = auto_layout(lambda x: jnp.sin(x) + 1)
+    close(f(X), jnp.sin(X) + 1)
+    assert not f.outcome(X).kept and f.outcome(X).verdict.reason == "it has no convolution"
+    assert "no convolution" in str(f.explain(X))
+
+
+def test_empty_arrays():
+    f = auto_layout(lambda x, k: conv(x, k) + 1)
+    close(f(X[:0], K), conv(X[:0], K) + 1)
+    close(f(X[:, :, :0], K), conv(X[:, :, :0], K) + 1)
+    close(f(X, K[:0]), conv(X, K[:0]) + 1)
+
+
+def test_closed_over_arrays():
+    same(lambda x: net(PARAMS, x), X)
+    kernel = np.asarray(K)
+    same(lambda x: conv(x, kernel), X)
+
+
+def test_errors_of_the_function_are_its_own():
+    def f(x):
+        raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        auto_layout(f)(X)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        auto_layout(net)(PARAMS)
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        auto_layout(lambda x: x if x.sum() > 0 else -x)(X)
+    with pytest.raises(TypeError, match=r"valid JAX"):
+        auto_layout(lambda x: "text")(X)
+    f = auto_layout(net)
+    with pytest.raises(TypeError, match="conv_general_dilated"):
+        f(PARAMS, X[0])
+    close(f(PARAMS, X), net(PARAMS, X))  # and does it no lasting harm
+
+
+# What the judge is handed
+
+
+@pytest.fixture
+def judged(monkeypatch):
+    """What each tuning was given to judge on, and the shapes it was for."""
+    calls = []
+    real = api.tune
+
+    def tune(jaxpr, args, options, **kwargs):
+        calls.append(args)
+        if args is not None:
+            avals = [v.aval for v in getattr(jaxpr, "jaxpr", jaxpr).invars]
+            assert [(x.shape, x.dtype) for x in args] == [(a.shape, a.dtype) for a in avals]
+            assert all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in args)
+        return real(jaxpr, args, options, **kwargs)
+
+    monkeypatch.setattr(api, "tune", tune)
+    return calls
+
+
+def handed(judged: list[Any]) -> list[Any]:
+    (args,) = judged
+    return [np.asarray(x).tolist() if x.size == 1 else x for x in args]
+
+
+def test_concrete_arguments_between_static_ones(judged):
+    def f(a, n, b, flag, x, shape, c, *, d, mode, e):
+        return conv(x, K) * a * b * c * d * e * n
+
+    tuned = auto_layout(f, static_argnums=(1, 3, 5), static_argnames="mode")
+    # The static ones look just like the dynamic ones beside them.
+    tuned(2.0, 5, 3.0, 7.0, X, (11, 13.0), 17.0, d=19.0, mode=23.0, e=29.0)
+    a, b, x, c, d, e = handed(judged)
+    assert (a, b, c, d, e) == (2.0, 3.0, 17.0, 19.0, 29.0) and x is X
+
+
+def test_concrete_arguments_in_trees_with_static_parts(judged):
+    @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["n"])
+    @jax.tree_util.Partial
+    class Unused:
+        pass
+
+    @jax.tree_util.register_pytree_node_class
+    class Tree:
+        def __init__(self, a, n, b):
+            self.a, self.n, self.b = a, n, b
+
+        def tree_flatten(self):
+            return (self.b, self.a), self.n
+
+        @classmethod
+        def tree_unflatten(cls, n, children):
+            return cls(children[1], n, children[0])
+
+    tuned = auto_layout(lambda tree, none, x: conv(x, K) * tree.a - tree.b + tree.n)
+    close(tuned(Tree(2.0, 5.0, 3.0), None, X), conv(X, K) * 2.0 - 3.0 + 5.0)
+    b, a, x = handed(judged)
+    assert (a, b) == (2.0, 3.0) and x is X
+
+
+def test_concrete_arguments_by_name_and_position(judged):
+    tuned = auto_layout(lambda x, n, scale: conv(x, K) * scale * n, static_argnames=("n",))
+    tuned(X, scale=3.0, n=2)
+    assert handed(judged) == [X, 3.0] or handed(judged)[1] == 3.0
+
+
+def test_unused_arguments_are_handed_on_too(judged):
+    auto_layout(lambda unused, x: conv(x, K))(1.5, X)
+    assert handed(judged)[0] == 1.5
+
+
+def test_keys_are_handed_on(judged):
+    auto_layout(lambda key, x: conv(x + jax.random.normal(key), K))(jax.random.key(7), X)
+    ((key, _),) = judged
+    assert key == jax.random.key(7)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda f: jax.grad(lambda x: f(x, 2.0).sum())(X),
+        lambda f: jax.vmap(lambda x: f(x, 2.0))(X[None]),
+        lambda f: jax.jvp(lambda s: f(X, s), (2.0,), (1.0,)),
+        lambda f: f.lower(X, 2.0),
+        lambda f: f.trace(jax.ShapeDtypeStruct(X.shape, X.dtype), 2.0),
+        lambda f: f.outcome(jax.ShapeDtypeStruct(X.shape, X.dtype), 2.0),
+        lambda f: jax.jit(f)(X, 2.0),
+        lambda f: jax.eval_shape(f, X, 2.0),
+    ],
+)
+def test_there_is_nothing_to_hand_on_where_arguments_are_not_real(judged, call):
+    call(auto_layout(lambda x, s: conv(x, K) * s))
+    assert judged == [None]
+
+
+def test_a_function_that_calls_itself_is_not_judged_on_its_callers_arguments(judged):
+    @partial(auto_layout, static_argnums=1)
+    def f(x, n):
+        return conv(x, normal(8, 3, 3, 3, 3)) if n == 0 else f(x[:, :, 1:], n - 1)
+
+    f(X, 1)
+    assert [args and args[0].shape for args in judged] == [None, X.shape]
+
+
+# Introspection
+
+
+def test_trace_and_lower():
+    f = auto_layout(net)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, X))
+    traced = f.trace(*abstract)
+    assert any(eqn.primitive is tuned_conv_p for eqn in equations(traced.jaxpr))
+    assert traced.out_info.shape == (2, 4, 6, 5)
+    close(f.trace(PARAMS, X).lower().compile()(PARAMS, X), net(PARAMS, X))
+    close(f.lower(*abstract).compile()(PARAMS, X), net(PARAMS, X))
+    assert "jit_net" in f.lower(PARAMS, X).as_text()
+    assert jax.eval_shape(f, *abstract).shape == (2, 4, 6, 5)
+
+
+def test_plan_and_explain():
+    f = auto_layout(net)
+    plan = f.plan(PARAMS, X)
+    assert not plan.trivial and jaxlayout.Plan.from_json(plan.to_json()) == plan
+    shown = str(f.explain(PARAMS, X))
+    assert shown.startswith("kept")
+    for words in ("test_api.py", "xla:NCHW,OIHW->NCHW", "conversion of float32[2, 3, 6, 5]", "optimal"):
+        assert words in shown, shown
+    assert f.outcome(PARAMS, X).source == "stored"
+
+
+def test_plan_before_the_first_call_is_the_plan_of_the_call(forced):
+    f = auto_layout(net)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (PARAMS, X))
+    assert f.outcome(*abstract).source == "measured"
+    asked = len(forced)
+    close(f(PARAMS, X), net(PARAMS, X))
+    assert len(forced) == asked
+
+
+# Under transformations
+
+
+def test_under_jit():
+    f = auto_layout(net)
+    outer = lambda params, x: jnp.sin(f(params, x)) + f(params, x[:1])  # noqa: E731
+    close(jax.jit(outer)(PARAMS, X), jax.jit(lambda p, x: jnp.sin(net(p, x)) + net(p, x[:1]))(PARAMS, X))
+    assert is_tuned(outer, PARAMS, X)
+
+
+def test_under_jit_the_cost_is_that_of_a_nested_computation(forced):
+    jax.jit(auto_layout(net))(PARAMS, X)
+    assert all(key.endswith("in=nested") for key in forced)
+
+
+DERIVATIVES = {
+    "grad": lambda f: jax.grad(lambda p, x: f(p, x).sum(), argnums=(0, 1)),
+    "value_and_grad": lambda f: jax.value_and_grad(lambda p, x: (f(p, x).sum(), {"y": f(p, x)}), has_aux=True),
+    "jvp": lambda f: lambda p, x: jax.jvp(f, (p, x), (p, x)),
+    "vjp": lambda f: lambda p, x: jax.vjp(f, p, x)[1](jnp.ones((2, 4, 6, 5))),
+    "linearize": lambda f: lambda p, x: jax.linearize(f, p, x)[1](p, x),
+    "jacfwd": lambda f: lambda p, x: jax.jacfwd(lambda b: f(p | {"bias": b}, x))(p["bias"]),
+    "jacrev": lambda f: lambda p, x: jax.jacrev(lambda s: f(p, x * s).mean((0, 2, 3)))(2.0),
+    "hessian": lambda f: lambda p, x: jax.hessian(lambda b: f(p | {"bias": b}, x).sum())(p["bias"]),
+    "grad of grad": lambda f: jax.grad(lambda p, x: sum(map(jnp.sum, jax.tree.leaves(jax.grad(
+        lambda p: (f(p, x) ** 2).sum())(p))))),
+    "vmap": lambda f: lambda p, x: jax.vmap(f, in_axes=(None, 1), out_axes=2)(p, jnp.stack([x, 2 * x], 1)),
+    "vmap of all": lambda f: lambda p, x: jax.vmap(f)(jax.tree.map(lambda a: jnp.stack([a, 2 * a]), p), x[:, None]),
+    "vmap of vmap": lambda f: lambda p, x: jax.vmap(jax.vmap(partial(f, p)))(jnp.stack([x[None], 2 * x[None]])),
+    "vmap of grad": lambda f: lambda p, x: jax.vmap(jax.grad(lambda p, x: f(p, x[None]).sum()), (None, 0))(p, x),
+    "grad of vmap": lambda f: jax.grad(lambda p, x: jax.vmap(lambda x: f(p, x[None]))(x).sum()),
+    "checkpoint": lambda f: jax.grad(lambda p, x: jax.checkpoint(f)(p, x).sum()),
+    "scan": lambda f: lambda p, x: lax.scan(lambda c, x: (c + 1, f(p, x[None])), 0, x),
+    "grad of scan": lambda f: jax.grad(lambda p, x: lax.scan(lambda c, x: (c, f(p, x[None])), 0, x)[1].sum()),
+    "while": lambda f: lambda p, x: lax.while_loop(
+        lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] + f(p, x).sum()), (0, 0.0)),
+    "fori": lambda f: lambda p, x: lax.fori_loop(0, 2, lambda i, y: y + f(p, x), jnp.zeros((2, 4, 6, 5))),
+    "cond": lambda f: lambda p, x: lax.cond(x.sum() > 0, f, lambda p, x: f(p, -x), p, x),
+    "map": lambda f: lambda p, x: lax.map(lambda x: f(p, x[None]), x),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DERIVATIVES)
+@pytest.mark.parametrize("jitted", [False, True], ids=["", "jit"])
+def test_under_transformations(name, jitted):
+    fun = DERIVATIVES[name](auto_layout(net))
+    assert is_tuned(fun, PARAMS, X)
+    found = (jax.jit(fun) if jitted else fun)(PARAMS, X)
+    expected = jax.jit(DERIVATIVES[name](net))(PARAMS, X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
+def test_a_transformed_call_plans_for_the_unbatched_shape(forced):
+    jax.vmap(auto_layout(lambda x: conv(x, K)))(jnp.stack([X, X, X]))
+    assert forced and all("lhs=2x3" in key or key.startswith("transpose") for key in forced)
+
+
+def test_a_training_step():
+    def step(net, params, x):
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean(net(p, x) ** 2))(params)
+        return loss, jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+
+    inside, outside = jax.jit(partial(step, auto_layout(net))), auto_layout(partial(step, net))
+    expected = jax.jit(partial(step, net))(PARAMS, X)
+    close(inside(PARAMS, X), expected)
+    close(outside(PARAMS, X), expected)
+    assert outside.outcome(PARAMS, X).kept
+    assert len(outside.explain(PARAMS, X).sites) == 2  # the convolution and its kernel's gradient
+
+
+def test_closed_over_tracers():
+    def outer(k, s):
+        f = auto_layout(lambda x: conv(x, k) * s)
+        return f(X)
+
+    close(jax.jit(outer)(K, 2.0), jax.jit(lambda k, s: conv(X, k) * s)(K, 2.0))
+    close(jax.grad(lambda k: outer(k, 2.0).sum())(K), jax.grad(lambda k: (conv(X, k) * 2.0).sum())(K))
+    close(jax.vmap(lambda s: outer(K, s))(jnp.arange(3.0)), conv(X, K) * jnp.arange(3.0)[:, None, None, None, None])
+    close(lax.scan(lambda c, s: (c, outer(K, s)), 0, jnp.arange(2.0))[1][1], conv(X, K))
+    assert is_tuned(lambda k: outer(k, 1.0), K)
+    assert is_tuned(jax.grad(lambda k: outer(k, 1.0).sum()), K)
+
+
+def test_inside_itself():
+    inner = auto_layout(net)
+    outer = auto_layout(lambda p, x: conv(inner(p, x), normal(9, 2, 4, 3, 3)))
+    close(outer(PARAMS, X), conv(net(PARAMS, X), normal(9, 2, 4, 3, 3)))
+    assert outer.outcome(PARAMS, X).kept
+
+
+def test_named_axes():
+    def f(x):
+        return lax.psum(conv(x, K), "i") / lax.axis_size("i")
+
+    found = jax.vmap(auto_layout(f), axis_name="i")(jnp.stack([X, 3 * X]))
+    np.testing.assert_allclose(found, jnp.stack([conv(X, K) * 2] * 2), rtol=1e-4, atol=1e-4)
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((1,), ("d",))
+    spec = jax.sharding.PartitionSpec("d")
+    f = auto_layout(lambda x: conv(x, K))
+    found = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))(X)
+    np.testing.assert_allclose(found, conv(X, K), rtol=1e-5, atol=1e-5)
+
+
+# In the caller's context
+
+
+def test_without_jit():
+    seen = []
+
+    def f(x):
+        seen.append(isinstance(x, jax.core.Tracer))
+        return conv(x, K)
+
+    tuned = auto_layout(f)
+    with jax.disable_jit():
+        close(tuned(X), conv(X, K))
+        assert seen == [False]
+        assert tuned.outcome(X).kept
+    close(tuned(X), conv(X, K))
+
+
+def test_wide_numbers(forced):
+    with jax.enable_x64(True):
+        x, k = (jnp.asarray(np.asarray(a, np.float64)) for a in (X, K))
+        tuned = same(conv, x, k)
+        assert tuned(x, k).dtype == jnp.float64
+        exact = tuned(x, k)
+    assert any("float64" in key for key in forced)
+    close(tuned(X, K), exact.astype(jnp.float32))
+
+
+def test_precision(forced):
+    with jax.default_matmul_precision("highest"):
+        same(conv, X, K)
+    assert "HIGHEST" in forced[0]
+
+
+def test_nan_checks():
+    tuned = auto_layout(lambda x: jnp.log(conv(x, K)))
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        tuned(X)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        same(conv, X, K)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: jax.checking_leaks(),
+        lambda: jax.numpy_dtype_promotion("strict"),
+        lambda: jax.numpy_rank_promotion("raise"),
+        lambda: jax.transfer_guard("disallow"),
+        lambda: jax.default_device(DEVICE),
+        lambda: jax.default_device("cpu"),
+        lambda: jax.named_scope("scope"),
+        lambda: jax.threefry_partitionable(False),
+    ],
+)
+def test_in_contexts(context):
+    with context():
+        tuned = auto_layout(lambda x, k: conv(x, k))
+        found = tuned(X, K)
+        assert tuned.outcome(X, K).kept
+        grads = jax.grad(lambda x: tuned(x, K).sum())(X)
+    close(found, conv(X, K))
+    close(grads, jax.grad(lambda x: conv(x, K).sum())(X))
+
+
+def test_settings_of_the_whole_process():
+    for name, value in (("jax_transfer_guard", "disallow"), ("jax_numpy_rank_promotion", "raise")):
+        before = getattr(jax.config, name)
+        jax.config.update(name, value)
+        try:
+            same(conv, X, K)
+        finally:
+            jax.config.update(name, before)
+
+
+def test_tuned_once_by_many_threads(forced):
+    traced = []
+
+    def f(x):
+        traced.append(threading.get_ident())
+        return conv(x, K)
+
+    tuned = auto_layout(f)
+    calls = [tuned, partial(tuned.lower), jax.jit(tuned), jax.grad(lambda x: tuned(x).sum())] * 3
+    found: dict[int, Any] = {}
+    barrier = threading.Barrier(len(calls))
+
+    def work(i):
+        barrier.wait()
+        found[i] = calls[i](X)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == len(calls)
+    for i in range(0, len(calls), 4):
+        close(found[i], conv(X, K))
+    assert len(forced) == len(set(forced))  # no convolution was measured twice
+    assert len(traced) <= 8
+
+
+# Effects
+
+
+def test_python_side_effects_happen_once_a_shape():
+    traced = []
+
+    def f(x):
+        traced.append(x.shape)
+        return conv(x, K)
+
+    for fun in (f, jax.jit(f)):
+        traced.clear()
+        tuned = auto_layout(fun)
+        for _ in range(2):
+            tuned(X), tuned(X[:1]), tuned(X)
+        assert traced == [X.shape, X[:1].shape]
+
+
+def test_effects_happen_as_often_and_in_order():
+    def program(log):
+        def f(x):
+            y = conv(x, K)
+            jax.experimental.io_callback(lambda v: log.append(("a", float(v))), None, y[0, 0, 0, 0], ordered=True)
+            jax.debug.callback(lambda v: log.append(("b", float(v))), x[0, 0, 0, 0], ordered=True)
+            z = conv(y, normal(9, 2, 4, 3, 3))
+            n = jax.experimental.io_callback(
+                lambda: log.append(("c", 0.0)) or np.int32(len(log)), jax.ShapeDtypeStruct((), jnp.int32), ordered=True
+            )
+            return z, n
+
+        return f
+
+    logs: list[list[Any]] = [[], []]
+    plain, tuned = jax.jit(program(logs[0])), auto_layout(program(logs[1]))
+    for x in (X, X + 1):
+        close(tuned(x), plain(x))
+    jax.effects_barrier()
+    assert [name for name, _ in logs[1]] == ["a", "b", "c"] * 2
+    np.testing.assert_allclose([v for _, v in logs[1]], [v for _, v in logs[0]], rtol=1e-5)
+    outcome = tuned.outcome(X)
+    jax.effects_barrier()
+    assert len(logs[1]) == 6
+    assert outcome.kept and "side effects" in outcome.verdict.reason
+
+
+def test_debug_prints_are_logical(capfd):
+    tuned = auto_layout(lambda x: (jax.debug.print("{s} {m}", s=x.shape, m=x[0, 0, 0]), conv(jnp.sin(x), K))[1])
+    tuned(X)
+    jax.effects_barrier()
+    assert capfd.readouterr().out == f"{X.shape} {X[0, 0, 0]}\n"
+    assert tuned.outcome(X).kept
+
+
+def test_host_code_never_sees_made_up_arguments():
+    seen = []
+
+    def host(x):
+        seen.append(np.asarray(x))
+        return x
+
+    def f(x):
+        return conv(jax.pure_callback(host, jax.ShapeDtypeStruct(x.shape, x.dtype), x), K)
+
+    tuned = auto_layout(f)
+    lowered = tuned.lower(X)
+    assert seen == []
+    assert "callback" in tuned.outcome(jax.ShapeDtypeStruct(X.shape, X.dtype)).verdict.reason
+    close(lowered.compile()(X), conv(X, K))
+    tuned(X[:1])
+    assert all(np.array_equal(x, X[: len(x)]) for x in seen)
+
+
+def test_a_loop_that_might_not_end_is_not_run_on_made_up_arguments():
+    def f(x, k):  # with anything but a small kernel, for ever
+        return lax.while_loop(lambda c: jnp.abs(c).max() > 1e-3, lambda c: 0.1 * conv(c, k), x)
+
+    k = 0.1 * normal(5, 3, 3, 3, 3)
+    tuned = auto_layout(lambda x, k: conv(f(x, k), K))
+    tuned.lower(X, k)
+    close(tuned(X, k), conv(f(X, k), K))
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("on_miss", "heuristic", "heuristic"),
+        ("time_budget", "12.5", 12.5),
+        ("memory_limit", "2", 2.0),
+        ("numerics", "relaxed", "relaxed"),
+        ("verdict", "off", False),
+        ("verdict", "1", True),
+        ("table", "/somewhere/else.sqlite", "/somewhere/else.sqlite"),
+    ],
+)
+def test_options_and_their_variables(monkeypatch, name, text, value):
+    default = Options()
+    for variable in [f"JAXLAYOUT_{field.upper()}" for field in Options.__dataclass_fields__]:
+        monkeypatch.delenv(variable, raising=False)
+    assert auto_layout(net).options == default
+    assert getattr(auto_layout(net, **{name: value}).options, name) == value
+    monkeypatch.setenv(f"JAXLAYOUT_{name.upper()}", text)
+    assert getattr(auto_layout(net).options, name) == value
+    assert getattr(auto_layout(net, **{name: getattr(default, name)}).options, name) == getattr(default, name)
+    monkeypatch.setenv(f"JAXLAYOUT_{name.upper()}", "")
+    assert auto_layout(net).options == default
+
+
+def test_every_option_is_tested():
+    (mark,) = [m for m in test_options_and_their_variables.pytestmark if m.name == "parametrize"]
+    assert {name for name, _, _ in mark.args[1]} == set(Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("on_miss", "guess"),
+        ("time_budget", -1.0),
+        ("time_budget", float("nan")),
+        ("time_budget", "long"),
+        ("memory_limit", 0.5),
+        ("memory_limit", None),
+        ("numerics", 3),
+        ("verdict", "perhaps"),
+        ("table", 3),
+    ],
+)
+def test_bad_options(monkeypatch, name, value):
+    with pytest.raises(ValueError, match=f"^{name}="):
+        auto_layout(net, **{name: value})
+    if isinstance(value, str | float) and name != "table":
+        monkeypatch.setenv(f"JAXLAYOUT_{name.upper()}", str(value))
+        with pytest.raises(ValueError, match=f"^JAXLAYOUT_{name.upper()}="):
+            auto_layout(net)
+
+
+def test_a_table_by_its_path(tmp_path, forced):
+    path = tmp_path / "elsewhere" / "table.sqlite"
+    auto_layout(net, table=path)(PARAMS, X)
+    assert jaxlayout.CostTable(path).counts()["plans"] == 1
+    asked = len(forced)
+    auto_layout(net, table=str(path))(PARAMS, X)
+    assert len(forced) == asked
+    auto_layout(net, table=":memory:")(PARAMS, X)
+    assert len(forced) == 2 * asked
