@@ -120,7 +120,7 @@ def _race(before: Any, after: Any, args: Sequence[Any], seen: dict[str, Any]) ->
             continue
         olds.append(old)
         news.append(new)
-        wins = sum(a > b for a, b in zip(olds, news, strict=True))
+        wins = sum((a > b) + (a >= b) for a, b in zip(olds, news, strict=True)) / 2  # a tie is half of one
         margin = 0.82 * math.sqrt(n)
         ahead = 1 if wins > n / 2 + margin else -1 if wins < n / 2 - margin else 0
         if n >= MIN_PAIRS and (ahead or time.monotonic() > stop):
@@ -190,10 +190,9 @@ def _apart(x: np.ndarray, y: np.ndarray) -> float:
     finite = np.isfinite(x)
     if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
         return math.inf
-    if not finite.any():
-        return 0.0
-    rms = float(np.sqrt(np.mean(np.abs(x[finite]) ** 2)))
-    return float(np.max(np.abs(x - y)[finite])) / (rms or 1.0)
+    x, y = x[finite], y[finite]
+    rms = float(np.sqrt(np.mean(np.abs(x) ** 2))) if x.size else 0.0
+    return float(np.max(np.abs(x - y), initial=0.0)) / (rms or 1.0)
 
 
 def _wide(array: Any) -> np.ndarray:
@@ -281,8 +280,10 @@ def _positive(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 def _argument(rng: np.random.Generator, like: Any, draw: Callable[..., np.ndarray]) -> Any:
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        kinds: list[Any] = []
+        jax.eval_shape(lambda key: kinds.append(jax.random.key_impl(key)), like)  # which wants an array, or a tracer
         count = math.prod(like.shape)
-        keys = jax.random.split(jax.random.key(0, impl=jax.random.key_impl(like)), max(1, count))
+        keys = jax.random.split(jax.random.key(0, impl=kinds[0]), max(1, count))
         return keys[:count].reshape(like.shape)
     if jnp.issubdtype(like.dtype, jnp.inexact):
         return draw(rng, like.shape).astype(like.dtype)

@@ -117,6 +117,15 @@ class AutoLayout:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
         return self._entry.lower(*args, **kwargs)
 
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
+        return jax.jit(self._fun, **self._told).eval_shape(*args, **kwargs)
+
+    def clear_cache(self) -> None:
+        """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
+        self._entry.clear_cache()
+        self._nested.clear_cache()
+
     def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from, tuning if need be."""
         return self._looked_at(args, kwargs)[1]
@@ -182,7 +191,9 @@ class AutoLayout:
         if call is None or found_tree != tree:
             return None
         found = [leaves[i] for i in places]
-        return None if any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in found) else found
+        unreal = jax.core.Tracer | jax.ShapeDtypeStruct
+        gone = (isinstance(x, unreal) or (isinstance(x, jax.Array) and x.is_deleted()) for x in found)
+        return None if any(gone) else found
 
     def _tuned(self, jaxpr: Any, args: Sequence[Any] | None, context: Context) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""

@@ -291,7 +291,10 @@ class _Line:
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
                 compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), self.shapes)
-                before = self.original
+                try:
+                    before = self.original
+                except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
+                    return self.untried(plan, f"it cannot stand alone: {error}")
             try:
                 after = compiling.result()
             except Exception as error:

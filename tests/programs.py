@@ -913,8 +913,9 @@ def random_layouts(seed: int, many: int = 2) -> Callable[[ConvSignature, Candida
         def shuffled(axes: str) -> str:
             return "".join(rng.sample(axes, len(axes)))
 
+        images, kernels = (layout.from_spec(range(conv.rank + 2)).axes for layout in (ConvLayout, KernelLayout))
+
         def dims() -> ConvDimensionNumbers:
-            images, kernels = written.dims.lhs.axes, written.dims.rhs.axes
             return ConvDimensionNumbers(
                 ConvLayout(shuffled(images)), KernelLayout(shuffled(kernels)), ConvLayout(shuffled(images))
             )

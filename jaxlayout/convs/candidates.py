@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.layout import ConvDimensionNumbers
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,16 @@ def candidates(conv: ConvSignature, written: Candidate) -> tuple[Candidate, ...]
 
     The orders are those that each lowering calls native. That prunes the full product (24 x 24 x 24 for two
     spatial axes) to a handful: any other order costs a native one plus transposes, and the plan places those
-    itself, where they are shared or vanish.
+    itself, where they are shared or vanish. Of several kernel orders beside the same lhs and out, only the one
+    written and the first are kept; a lowering that takes the kernel in any order gets it as written.
     """
     found = {written: None}
     for lowering in lowerings().values():
+        kernels: dict[tuple[ConvLayout, ConvLayout], list[KernelLayout]] = {}
         for dims in lowering.orders(conv):
-            found[Candidate(lowering.name, dims)] = None
+            kernels.setdefault((dims.lhs, dims.out), []).append(dims.rhs)
+        for (lhs, out), offered in kernels.items():
+            asked = written.dims.rhs
+            for rhs in [asked] if lowering.any_kernel else [r for r in offered if r in (offered[0], asked)]:
+                found[Candidate(lowering.name, ConvDimensionNumbers(lhs, rhs, out))] = None
     return tuple(found)

@@ -22,10 +22,19 @@ class Lowering(ABC):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    any_kernel: ClassVar[bool] = False
+    """Whether `prepare` takes the kernel in any order, at no cost that matters: then it stays as it is written."""
 
     @abstractmethod
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         """The layouts it is native in, the likely best first; nothing where it does not apply."""
+
+    def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        """Whether it computes a convolution in these layouts."""
+        fits = (
+            (d.lhs, d.out) == (dims.lhs, dims.out) and (self.any_kernel or d.rhs == dims.rhs) for d in self.orders(conv)
+        )
+        return any(fits)
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> Any:
         """What depends on the kernel alone. Default: the kernel itself."""

@@ -45,7 +45,7 @@ def inherited(name: str, conv: ConvSignature, params: dict[str, Any]) -> str:
     """The lowering for a convolution derived from one computed by `name`: the same where it is native in
     the order the derived one has, else XLA's own."""
     lowering = lowerings().get(name)
-    return name if lowering and written_order(params) in tuple(lowering.orders(conv)) else "xla"
+    return name if lowering and lowering.native(conv, written_order(params)) else "xla"
 
 
 def _choose(lhs: jax.Array, rhs: jax.Array, *, lowering: str, **params: Any) -> jax.Array:

@@ -85,7 +85,11 @@ class LayoutGraph:
     @property
     def barriers(self) -> tuple[Node, ...]:
         """Equations whose primitive has no rule for them, and that touch more than scalars and vectors."""
-        return tuple(node for node in self.nodes if node.kind == "barrier" and (node.operands or node.results))
+
+        def many_axes(node: Node) -> bool:
+            return any(len(self.values[value].shape) > 1 for value in (*node.operands, *node.results))
+
+        return tuple(node for node in self.nodes if node.kind == "barrier" and many_axes(node))
 
 
 Enumerate = Callable[[ConvSignature, Candidate], Sequence[Candidate]]
@@ -185,13 +189,12 @@ class _Builder:
         if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and eqn.params.get("out_sharding") is None:
             self.site(eqn, operands, results, path)
         elif isinstance(rule, Rule) and static_shapes(eqn) and (labelling := rule.axes(eqn)) is not None:
-            axes = (*labelling.operands, *labelling.results)
 
             def extend(slot: int, order: Order) -> Mode | None:
-                orders = follow(labelling, axes[slot], order)
+                orders = follow(labelling, slot, order)
                 return orders and Mode(orders.operands, orders.results)
 
-            (written,), free = _only(*ranks), extend(0, identity(len(axes[0]))) if rule.moves else None
+            (written,), free = _only(*ranks), extend(0, identity(ranks[0][0])) if rule.moves else None
             modes = (written,) if free is None else (written, free)
             moved = free and free.results[0]
             self.add(path, "equation", 0, operands, results, modes, extend, name=name, moved=moved)
@@ -255,9 +258,9 @@ class _Builder:
         while news:
             value, order = news.popleft()
             for draft, slot in touching[value]:
-                if draft.extend is not None and (mode := draft.extend(slot, order)) is not None:
-                    if mode not in draft.modes and offer(draft.node, mode):
-                        draft.modes[mode] = None
+                mode = draft.extend(slot, order) if draft.extend is not None else None
+                if mode is not None and mode not in draft.modes and offer(draft.node, mode):
+                    draft.modes[mode] = None
         nodes = (replace(draft.node, modes=tuple(draft.modes)) for draft in self.drafts)
         return LayoutGraph(tuple(self.values), tuple(nodes))
 

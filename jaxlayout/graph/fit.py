@@ -55,8 +55,8 @@ def _objection(eqn: Any, mode: Mode) -> str:
         return _site_objection(eqn, mode, mode.candidate)
     if isinstance(rule, Rule) and (labelling := rule.axes(eqn)) is not None:
         orders = Orders(mode.operands, mode.results)
-        axes = zip((*labelling.operands, *labelling.results), (*orders.operands, *orders.results), strict=True)
-        possible = any(follow(labelling, value, order) == orders for value, order in axes)
+        slots = enumerate((*orders.operands, *orders.results))
+        possible = any(follow(labelling, slot, order) == orders for slot, order in slots)
         return "" if possible else "cannot have the orders that the plan says"
     return "" if isinstance(rule, RegionRule) and rule.body(eqn) is not None else "has no rule for other orders"
 

@@ -17,21 +17,21 @@ class Dot(Lowering):
     semantics, ConvWithGeneralPadding, with a window of one).
 
     Applies to ungrouped pointwise convolutions of any rank and stride; a stride is a slice of lhs.
-    Native in channels last and channels first, lhs and out each free of the other, with the kernel's features
-    last or first. Memory: none beyond the operands from channels last to channels last; otherwise see
+    Native in channels last and channels first, lhs and out each free of the other, with the kernel in any order.
+    Memory: none beyond the operands from channels last to channels last; otherwise see
     `contract`. Accuracy: that of XLA's own convolution, which is the same product; half precision
     accumulates in float32.
     """
 
     name = "dot"
+    any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if not (conv.is_pointwise and conv.feature_groups == conv.batch_groups == 1):
             return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)
-        kernels = KernelLayout.io_last(conv.rank), KernelLayout.oi_first(conv.rank)
-        images = dict.fromkeys(((last, last), (first, first), (first, last), (last, first)))
-        yield from (ConvDimensionNumbers(lhs, rhs, out) for lhs, out in images for rhs in kernels)
+        for lhs, out in dict.fromkeys(((last, last), (first, first), (first, last), (last, first))):
+            yield ConvDimensionNumbers(lhs, KernelLayout.io_last(conv.rank), out)
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
         return lax.squeeze(rhs, [dims.rhs.axes.index(a) for a in dims.rhs.spatial])

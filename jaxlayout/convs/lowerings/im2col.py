@@ -12,6 +12,9 @@ from jaxlayout.convs.lowerings.dot import contract
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
+MAX_BYTES = 16 * 2**20
+"""The largest patches offered, in bytes: about half of a last-level cache."""
+
 
 class Im2col(Lowering):
     """Lay the window that an output position reads out as one row of length taps x features; the convolution is then
@@ -31,6 +34,8 @@ class Im2col(Lowering):
         grouped = conv.feature_groups != 1 or conv.batch_groups != 1
         if grouped or math.prod(conv.kernel) <= 1 or any(d != 1 for d in conv.lhs_dilation):
             return
+        if conv.batch * math.prod(conv.out_spatial) * conv.contraction * conv.lhs_dtype.itemsize > MAX_BYTES:
+            return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)
         yield ConvDimensionNumbers(last, KernelLayout.io_last(conv.rank), last)
         yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
@@ -41,7 +46,7 @@ class Im2col(Lowering):
         return lax.reshape(rhs, (k, o) if dims.lhs.is_channels_last else (o, k))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        if 0 in conv.spatial or 0 in conv.out_spatial:  # nothing to read, or nowhere to write
+        if 0 in conv.out_spatial:  # a slice needs somewhere to stop
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         last = dims.lhs.is_channels_last
 

@@ -25,10 +25,10 @@ class Shifted(Lowering):
     (XLA operation semantics, ConvWithGeneralPadding) with the taps outermost, one fused pass over out.
 
     Applies to groups of one input feature with any multiplier (out feature = group * multiplier + m), stride,
-    padding and both dilations, up to `MAX_TAPS` taps. Native in channels last with the kernel's features last, and
-    in channels first with them first; out as lhs. Memory: lhs padded and dilated, or nothing (`_few_edges`).
+    padding and both dilations, up to `MAX_TAPS` taps. Native in channels last and in channels first, out as lhs,
+    with the kernel in any order. Memory: lhs padded and dilated, or nothing (`_few_edges`).
     Accuracy: products and sums in the dtype of out, half precision in float32 and rounded once, as in XLA. A
-    NaN in lhs reaches only the outputs that read it; one in the kernel no more of them than in XLA.
+    NaN in lhs reaches only the outputs that read it, a NaN weight only outputs of its feature.
 
     Fast on CPU takes three things: a barrier behind the padding, without which XLA reads lhs and its padded copy
     side by side; a partial sum for each row of the kernel, as one chain of multiply-adds is bound by its latency;
@@ -36,10 +36,12 @@ class Shifted(Lowering):
     """
 
     name = "shifted"
+    any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        number = jnp.issubdtype(conv.lhs_dtype, np.number)
-        if not number or conv.kernel_features != 1 or conv.batch_groups != 1 or math.prod(conv.kernel) > MAX_TAPS:
+        numeric = jnp.issubdtype(conv.lhs_dtype, np.number)
+        depthwise = conv.kernel_features == conv.batch_groups == 1
+        if not (numeric and depthwise and math.prod(conv.kernel) <= MAX_TAPS):
             return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)
         yield ConvDimensionNumbers(last, KernelLayout.io_last(conv.rank), last)
@@ -53,20 +55,21 @@ class Shifted(Lowering):
         return lax.optimization_barrier(lax.reshape(rhs, taps).astype(_accumulator(conv)))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        lhs = lax.expand_dims(lhs, [dims.lhs.axes.index("C") + 1])  # groups, multiplier
         if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
             lhs = lhs.astype(prepared.dtype)
         sizes, low = conv.spatial, [lo for lo, _ in conv.padding]
         if not _few_edges(conv, dims):
             padding = [(lo, hi, d - 1) for (lo, hi), d in zip(conv.padding, conv.lhs_dilation, strict=True)]
-            lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), _frame(dims, padding, *[(0, 0, 0)] * 3))
-            sizes, low = lhs.shape[1:-2] if dims.lhs.is_channels_last else lhs.shape[3:], [0] * conv.rank
+            lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), _frame(dims, padding, *[(0, 0, 0)] * 2))
+            sizes, low = lhs.shape[1:-1] if dims.lhs.is_channels_last else lhs.shape[2:], [0] * conv.rank
+        # A barrier before the axis is added, so that what comes before may work in place.
         lhs = lax.optimization_barrier(lhs)
+        lhs = lax.expand_dims(lhs, [dims.lhs.axes.index("C") + 1])  # groups, multiplier
         zero, rows = lax.full((), 0, prepared.dtype), {}
         for i, tap in enumerate(itertools.product(*map(range, conv.kernel))):
             at = [t * d - lo for t, d, lo in zip(tap, conv.rhs_dilation, low, strict=True)]
             spans = [_span(*axis) for axis in zip(at, sizes, conv.strides, conv.out_spatial, strict=True)]
-            if 0 in conv.spatial or any(a >= b for a, b in spans):
+            if any(a >= b for a, b in spans):
                 continue
             start = [a * s + p for (a, _), s, p in zip(spans, conv.strides, at, strict=True)]
             stop = [(b - 1) * s + p + 1 for (_, b), s, p in zip(spans, conv.strides, at, strict=True)]
@@ -105,7 +108,5 @@ def _few_edges(conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
     channels innermost and up to three taps along each of at most two axes, and that wins 1.3 to 2 times; otherwise
     it loses up to 6.
     """
-    if any(d != 1 for d in conv.lhs_dilation):
-        return False
     small = conv.rank <= 2 and max(conv.kernel, default=1) <= 3
-    return math.prod(conv.kernel) == 1 or (small and dims.lhs.is_channels_last)
+    return small and dims.lhs.is_channels_last and all(d == 1 for d in conv.lhs_dilation)

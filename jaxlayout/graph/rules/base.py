@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from jax.extend.core import Primitive
@@ -40,6 +41,8 @@ class Labelling:
     results: tuple[Axes, ...]
     block: Mapping[int, int] = field(default_factory=dict)
     """Results keep labels of a lower block before those of a higher one (dot_general: batch, lhs, rhs)."""
+    ordered: tuple[int, ...] = ()
+    """Labels that keep this order among themselves (a window is searched in it, and the first of equals wins)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,28 +114,34 @@ def same_axes(eqn: Any) -> Labelling:
     return Labelling(tuple(map(axes, eqn.invars)), tuple(map(axes, eqn.outvars)))
 
 
-def follow(labelling: Labelling, value: Axes, order: Order) -> Orders | None:
-    """The orders of all operands and results when one of them, labelled `value`, comes in `order`.
+def follow(labelling: Labelling, slot: int, order: Order) -> Orders | None:
+    """The orders of all operands and results when one of them (slot: operands first, then results) has `order`.
 
-    Labels that the value does not have keep their place behind the label that they stand behind where they
-    occur. None where the order cannot pass (merged axes torn apart).
+    A label that it does not have goes behind all that stand before it where it occurs. None where the order cannot
+    pass: merged axes torn apart, ordered ones swapped, blocks mixed.
     """
-    sequence: list[int] = []
-    for axes in (tuple(value[a] for a in order), *labelling.results, *labelling.operands):
-        behind = -1
-        for label in (label for axis in axes for label in axis):
+    values = (*labelling.operands, *labelling.results)
+    every = [[label for axis in axes for label in axis] for axes in (*labelling.results, *labelling.operands)]
+    given = [label for a in order for label in values[slot][a]]
+    sequence = list(given)
+    for labels in every:
+        for label in labels:
             if label not in sequence:
-                sequence.insert(behind + 1, label)
-            behind = sequence.index(label)
+                ahead = {x for others in every if label in others for x in others[: others.index(label)]}
+                sequence.insert(1 + max((i for i, x in enumerate(sequence) if x in ahead), default=-1), label)
     place = {label: i for i, label in enumerate(sequence)}
-    for axes in (*labelling.operands, *labelling.results):
-        for axis in axes:
-            if any(place[b] != place[a] + 1 for a, b in zip(axis, axis[1:], strict=False)):
-                return None
+    if any(place[b] != place[a] + 1 for axes in values for axis in axes for a, b in pairwise(axis)):
+        return None
+    if any(place[a] > place[b] for a, b in pairwise(labelling.ordered)):
+        return None
     block = labelling.block
-    operands = tuple(_sorted(axes, lambda label: (0, place[label])) for axes in labelling.operands)
-    results = tuple(_sorted(axes, lambda label: (block.get(label, 0), place[label])) for axes in labelling.results)
-    return Orders(operands, results)
+    operands = [_sorted(axes, lambda label: (0, place[label])) for axes in labelling.operands]
+    results = [_sorted(axes, lambda label: (block.get(label, 0), place[label])) for axes in labelling.results]
+    found = operands + results
+    if given != [label for a in found[slot] for label in values[slot][a]]:
+        return None
+    found[slot] = order  # as given, its axes without labels too
+    return Orders(tuple(found[: len(operands)]), tuple(found[len(operands) :]))
 
 
 def _sorted(axes: Axes, key: Callable[[int], tuple[int, int]]) -> Order:

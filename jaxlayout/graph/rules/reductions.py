@@ -1,5 +1,7 @@
 """Primitives that reduce, scan along or slide a window over axes."""
 
+from dataclasses import replace
+
 from jax.extend.core import primitives as p
 
 from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, positions, register_rule, same_axes
@@ -46,8 +48,16 @@ def _window_params(eqn, orders: Orders) -> dict:
     return {name: permuted(eqn.params[name], order) for name in _WINDOW if name in eqn.params}
 
 
+def _window(eqn) -> Labelling:
+    """Of equal elements in a window the first is the one whose derivative counts: its axes stay in order."""
+    labelling = same_axes(eqn)
+    if eqn.primitive is p.reduce_window_sum_p:
+        return labelling
+    return replace(labelling, ordered=tuple(i for i, size in enumerate(eqn.params["window_dimensions"]) if size > 1))
+
+
 for _primitive in (
     p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_sum_p, p.reduce_window_p,
     p.select_and_scatter_add_p, p.select_and_gather_add_p,
 ):  # fmt: skip
-    register_rule(_primitive, Rule(same_axes, _window_params))
+    register_rule(_primitive, Rule(_window, _window_params))

@@ -1,0 +1,852 @@
+"""What is wrong never runs: bad lowerings, bad plans, bad tables, and programs that cannot be tried.
+
+Lowerings that lie are registered for the length of a test. Nothing here waits for a verdict by timing, which is
+made to come out in the rewritten function's favour where it matters.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.extend.core import Primitive
+
+from jaxlayout import (
+    CostTable,
+    Lowering,
+    Outcome,
+    Plan,
+    TableMiss,
+    TableWarning,
+    auto_layout,
+    tune,
+)
+from jaxlayout.accept import MAX_TOLERANCE, compare, draws, liveliest
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import evaluate, registered
+from jaxlayout.convs.primitive import tuned_conv_p
+from jaxlayout.graph.build import Mode
+from jaxlayout.graph.fit import check_fit
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.options import Options
+from jaxlayout.program import equations
+
+ROOT = Path(__file__).parents[1]
+
+
+def conv(x, k):
+    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
+
+
+X = normal(0, 2, 3, 6, 5)
+K = normal(1, 4, 3, 3, 3)
+
+
+def table() -> CostTable:
+    return CostTable(os.environ["JAXLAYOUT_TABLE"])
+
+
+def records() -> dict[str, Any]:
+    """What the table holds of convolutions, by candidate without version."""
+    rows = table()._select("measurements")
+    return {row[2]: json.loads(row[3]) for row in rows if not row[1].startswith("transpose")}
+
+
+# Lowerings that lie
+
+
+class Toy(Lowering):
+    """In the order of PyTorch, by XLA; subclasses go wrong somewhere."""
+
+    name = "toy"
+
+    def orders(self, conv):
+        last = ConvLayout.channels_first(conv.rank)
+        yield ConvDimensionNumbers(last, KernelLayout.oi_first(conv.rank), last)
+
+    def apply(self, conv, dims, lhs, prepared):
+        return lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
+
+
+class Wrong(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared) * 1.001
+
+
+class WrongSomewhere(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared).at[-1, -1, -1, -1].set(0)
+
+
+class WrongDtype(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared).astype(jnp.bfloat16)
+
+
+class WrongShape(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared)[:, :, 1:]
+
+
+class WrongOrder(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared).transpose(0, 2, 3, 1)
+
+
+class NotANumber(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared) * jnp.nan
+
+
+class NotANumberSomewhere(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return super().apply(conv, dims, lhs, prepared).at[0, 0, 0, 0].set(jnp.inf)
+
+
+class Raises(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        raise RuntimeError("of all the bad luck")
+
+
+class RaisesInPrepare(Toy):
+    def prepare(self, conv, dims, rhs):
+        raise KeyError("nothing prepared")
+
+
+class GivesNothing(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return None
+
+
+class CannotBeLowered(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return unlowerable_p.bind(super().apply(conv, dims, lhs, prepared))
+
+
+class CannotBeCompiled(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        return jax.ffi.ffi_call("no_such_target_anywhere", jax.ShapeDtypeStruct(lhs.shape, lhs.dtype))(
+            super().apply(conv, dims, lhs, prepared)
+        )
+
+
+class Hungry(Toy):
+    def apply(self, conv, dims, lhs, prepared):
+        out = super().apply(conv, dims, lhs, prepared)
+        many = lax.optimization_barrier(jnp.zeros((1 << 20,), jnp.float32) + out.ravel()[0])
+        return out + 0 * lax.optimization_barrier(jnp.sort(many))[0]
+
+
+unlowerable_p = Primitive("unlowerable")
+unlowerable_p.def_abstract_eval(lambda x: x)
+
+BAD: list[tuple[type[Toy], str, str]] = [
+    (Wrong, "wrong", "error 0.00"),
+    (WrongSomewhere, "wrong", "error"),
+    (WrongDtype, "wrong", ""),
+    (WrongShape, "wrong", ""),
+    (WrongOrder, "wrong", ""),
+    (NotANumber, "wrong", "error inf"),
+    (NotANumberSomewhere, "wrong", "error inf"),
+    (Raises, "failed", "of all the bad luck"),
+    (RaisesInPrepare, "failed", "nothing prepared"),
+    (GivesNothing, "failed", ""),
+    (CannotBeLowered, "failed", "unlowerable"),
+    (CannotBeCompiled, "failed", "no_such_target_anywhere"),
+    (Hungry, "memory", "bytes of temporary memory"),
+]
+
+
+@pytest.mark.parametrize(("lowering", "status", "detail"), BAD, ids=lambda x: getattr(x, "__name__", ""))
+def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, status, detail):
+    monkeypatch.setattr(tune, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    used: list[str] = []
+    monkeypatch.setattr(
+        "jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.append(name) or evaluate(name, *rest)
+    )
+    with registered(lowering()):
+        f = auto_layout(conv, verdict=False, memory_limit=1000.0)
+        np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-4, atol=1e-4)
+        (record,) = [value for name, value in records().items() if name.startswith("toy@")]
+        assert record["status"] == status
+        assert detail in record["detail"]
+        chosen = {mode.candidate.lowering for mode in f.plan(X, K).choices.values() if mode.candidate}
+        assert chosen and "toy" not in chosen and "toy" not in used
+
+
+def tempting(trials: list[Any]) -> None:
+    """In place of timing: any candidate is faster than the one written."""
+    for i, trial in enumerate(trials):
+        trial.samples = [1e9 if i == 0 else 1e3] * 9
+
+
+def test_a_good_toy_is_chosen(monkeypatch):
+    """The tests above would see it if a bad one were."""
+    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    with registered(Toy()):
+        f = auto_layout(conv, verdict=False, memory_limit=1000.0)
+        f(X, K)
+        assert records()["toy@1:NCHW,OIHW->NCHW"]["program"] == records()["xla@1:NCHW,OIHW->NCHW"]["program"]
+
+    class Halves(Toy):  # another program, the same numbers
+        def apply(self, conv, dims, lhs, prepared):
+            params = {"dimension_numbers": dims.to_lax(), **conv.params}
+            return jnp.concatenate([lax.conv_general_dilated(lhs, k, **params) for k in jnp.split(prepared, 2)], 1)
+
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Halves()})
+    with registered(Halves()):
+        f = auto_layout(lambda x, k: conv(x, k) + 1, verdict=False, memory_limit=1000.0, table=":memory:")
+        f(X, K)
+        (mode,) = f.plan(X, K).choices.values()
+        assert mode.candidate.lowering == "toy"
+        np.testing.assert_allclose(f(X, K), conv(X, K) + 1, rtol=1e-5, atol=1e-5)
+
+
+class Turncoat(Toy):
+    """Right when it is measured, wrong in the program."""
+
+    name = "turncoat"
+    how: Any = None
+
+    def apply(self, conv, dims, lhs, prepared):
+        out = super().apply(conv, dims, lhs, prepared)
+        return out if Turncoat.how is None else Turncoat.how(out)
+
+
+def grow(out):
+    many = lax.optimization_barrier(jnp.zeros((1 << 20,), jnp.float32) + out.ravel()[0])
+    return out + 0 * lax.optimization_barrier(jnp.sort(many))[0]
+
+
+def fail(out):
+    raise RuntimeError("not here")
+
+
+@pytest.mark.parametrize(
+    ("how", "cause", "words"),
+    [
+        (lambda out: out * 1.01, "numbers", "differs by 0.0"),
+        (lambda out: out.at[0, 0, 0, 0].set(jnp.nan), "numbers", "differs by inf"),
+        (lambda out: out * jnp.nan, "numbers", "differs by inf"),
+        (lambda out: out[:1], "failure", "stablehlo.tanh"),
+        (fail, "failure", "not here"),
+        (lambda out: unlowerable_p.bind(out), "failure", "unlowerable"),
+        (grow, "memory", "bytes of temporary memory"),
+    ],
+)
+def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, words):
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr(Turncoat, "how", None)
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    with registered(Turncoat()):
+        f = auto_layout(lambda x, k: jnp.tanh(conv(x, k)))
+        monkeypatch.setattr(Turncoat, "how", staticmethod(how))
+        np.testing.assert_allclose(f(X, K), jnp.tanh(conv(X, K)), rtol=1e-5, atol=1e-5)
+        outcome = f.outcome(X, K)
+        assert not outcome.kept
+        if cause == "memory":  # asked again without it, and nothing else was on offer
+            assert "nothing is to be gained" in outcome.verdict.reason or words in outcome.verdict.reason
+        else:
+            assert outcome.verdict.cause == cause and words in outcome.verdict.reason
+        assert outcome.source == "stored"
+        assert not any(eqn.primitive is tuned_conv_p for eqn in equations(f.trace(X, K).jaxpr))
+
+
+def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
+    images = normal(5, 2, 16, 16, 8)
+
+    def f(x, k):
+        dims = ("NHWC", "OIHW", "NHWC")
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims)
+
+    class Native(Turncoat):
+        def orders(self, conv):
+            last = ConvLayout.channels_last(conv.rank)
+            yield ConvDimensionNumbers(last, KernelLayout.oi_first(conv.rank), last)
+
+    k = normal(6, 8, 8, 3, 3)
+    with registered(Native()):
+        tuned = auto_layout(f)
+        np.testing.assert_allclose(tuned(images, k), f(images, k), rtol=1e-4, atol=1e-4)
+        chosen = {mode.candidate.lowering for mode in tuned.plan(images, k).choices.values() if mode.candidate}
+        assert "turncoat" not in chosen
+
+
+# Comparing
+
+
+def agree(
+    expected: Any, found: Any, original: Any = None, args: Any = (), tolerance: float = 1e-5
+) -> tuple[float, str]:
+    expected = jnp.asarray(expected)
+    return compare(original or (lambda: [expected]), args, [expected], [jnp.asarray(found)], tolerance)
+
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "agrees"),
+    [
+        ([1.0, 2.0], [1.0, 2.00001], True),
+        ([1.0, 2.0], [1.0, 2.001], False),
+        ([100.0, 1e-7], [100.0, 2e-7], True),  # relative to the output as a whole
+        ([1.0, NAN], [1.0, NAN], True),
+        ([1.0, NAN], [1.0, 1.0], False),
+        ([1.0, 1.0], [1.0, NAN], False),
+        ([1.0, INF, -INF], [1.0, INF, -INF], True),
+        ([1.0, INF, INF], [1.0, INF, -INF], False),
+        ([NAN, NAN], [NAN, NAN], True),
+        ([INF], [NAN], False),
+        ([0.0, 0.0], [0.0, 0.0], True),
+        ([0.0, 0.0], [0.0, 1e-3], False),
+        ([], [], True),
+        (np.zeros((3, 0)), np.zeros((3, 0)), True),
+        (np.complex64([1 + 1j, 2]), np.complex64([1 + 1j, 2 + 1e-6j]), True),
+        (np.complex64([1 + 1j, 2]), np.complex64([1 - 1j, 2]), False),
+        (np.complex64([complex(NAN, 1), 2]), np.complex64([complex(NAN, 2), 2]), True),
+        ([1, 2], [1, 2], True),
+        ([1, 2], [1, 3], False),
+        ([True, False], [True, False], True),
+        ([True, False], [True, True], False),
+        (np.float32([1]), np.float16([1]), False),
+        (np.float32([1]), np.float32([[1]]), False),
+        (np.int32([1]), np.int8([1]), False),
+        (np.uint32([1, 2**32 - 1]), np.uint32([1, 2**32 - 1]), True),
+    ],
+)  # fmt: skip
+def test_when_outputs_agree(expected, found, agrees):
+    difference, reason = agree(expected, found)
+    assert (reason == "") is agrees
+    assert difference >= 0
+
+
+def test_keys_agree_when_equal():
+    a, b = jax.random.key(1), jax.random.key(2)
+    assert compare(lambda: [a], [], [a], [a], 0.0)[1] == ""
+    assert "differs" in compare(lambda: [a], [], [a], [b], 0.0)[1]
+
+
+def test_any_answer_agrees_on_a_tie_and_no_other():
+    def original(x):
+        return [jnp.argmax(x, axis=-1), jnp.sum(x, axis=-1)]
+
+    x = jnp.asarray([[1.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
+    expected = original(x)
+    assert compare(original, [x], expected, [jnp.asarray([1, 0]), expected[1]], 1e-5)[1] == ""
+    assert "no tie" in compare(original, [x], expected, [jnp.asarray([0, 1]), expected[1]], 1e-5)[1]
+
+
+def test_what_the_original_moves_by_itself_is_allowed():
+    def original(x):
+        return [1e4 * (x - 1.0)]
+
+    x = 1.0 + 1e-3 * normal(3, 100)
+    expected = original(x)
+    rms = float(jnp.sqrt(jnp.mean(expected[0] ** 2)))
+    near, far = expected[0].at[3].add(1e-3 * rms / 10), expected[0].at[3].add(rms / 100)
+    assert compare(original, [x], expected, [near], 1e-7)[1] == ""
+    assert "allowed" in compare(original, [x], expected, [far], 1e-7)[1]
+
+
+def test_a_large_network_in_half_precision_has_no_free_pass(costs, monkeypatch):
+    """c*eps*sqrt(K) would allow 100% of the rms: K is 8 million."""
+    seen = []
+    monkeypatch.setattr("jaxlayout.accept.compare", lambda *args: seen.append(args[-1]) or compare(*args))
+    monkeypatch.setattr(tune._Line, "contraction", lambda line: 8_000_000)
+    auto_layout(conv)(X.astype(jnp.bfloat16), K.astype(jnp.bfloat16))
+    assert seen == [MAX_TOLERANCE]
+
+
+# What outputs are compared on
+
+
+def test_live_outputs_are_sought():
+    ran = []
+
+    def run(x):
+        ran.append(x)
+        return [jnp.asarray(x), jnp.asarray(3)]
+
+    dead, half, alive = [np.zeros(3)], [np.float32([1, NAN])], [np.arange(3.0)]
+    assert liveliest(run, [dead, half, alive, dead]) is alive and len(ran) == 3
+    assert liveliest(run, [dead, half]) is dead
+    assert liveliest(lambda x, y: [jnp.asarray(x), jnp.asarray(y)], [(*dead, *dead), (*alive, *dead)]) == (
+        *alive,
+        *dead,
+    )
+
+
+def test_zeros_prove_nothing(costs, monkeypatch):
+    """The user's first call is often on zeros, on which every wrong convolution is right."""
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    monkeypatch.setattr(Turncoat, "how", staticmethod(lambda out: 2 * out))
+    with registered(Turncoat()):
+        f = auto_layout(conv)
+        f(0 * X, 0 * K)
+        assert f.outcome(X, K).verdict.cause == "numbers"
+        np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
+
+
+def test_draws_are_of_what_was_asked_for():
+    shapes = [
+        jax.ShapeDtypeStruct((2, 3), jnp.bfloat16),
+        jax.ShapeDtypeStruct((4,), jnp.complex64),
+        jax.ShapeDtypeStruct((), jnp.float32),
+        jax.ShapeDtypeStruct((2, 2), jnp.int8),
+        jax.ShapeDtypeStruct((0, 3), jnp.float32),
+        jax.ShapeDtypeStruct((2,), jnp.bool_),
+        jax.ShapeDtypeStruct((3,), jax.random.key(0).dtype),
+        jax.ShapeDtypeStruct((), jax.random.key(0, impl="rbg").dtype),
+        jax.ShapeDtypeStruct((0,), jax.random.key(0).dtype),
+    ]
+    drawn = list(draws(shapes))
+    assert len(drawn) == 3
+    for args in drawn:
+        assert [(x.shape, x.dtype) for x in args] == [(s.shape, s.dtype) for s in shapes]
+
+
+# Programs that are left alone, and why
+
+
+def test_symbolic_shapes_are_left_alone(forced):
+    f = auto_layout(conv)
+    b, h = jax.export.symbolic_shape("b, h")
+    abstract = jax.ShapeDtypeStruct((b, 3, h, 5), jnp.float32), jax.ShapeDtypeStruct(K.shape, K.dtype)
+    exported = jax.export.export(f)(*abstract)
+    np.testing.assert_allclose(exported.call(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
+    outcome = f.outcome(*abstract)
+    assert not outcome.kept and outcome.verdict.reason == "its shapes are symbolic"
+    assert "symbolic" in str(f.explain(*abstract))
+    assert forced == []
+
+
+def test_empty_programs_are_tuned_or_not_but_right():
+    f = auto_layout(lambda x, k: conv(x, k) + 1)
+    for x, k in ((X[:0], K), (X[:, :, :0], K), (X, K[:0]), (X[:, :0], K[:, :0])):
+        np.testing.assert_array_equal(f(x, k), conv(x, k) + 1)
+
+
+def test_whatever_goes_wrong_in_tuning_leaves_the_program_as_it_is(monkeypatch, caplog):
+    def broken(*_):
+        raise ZeroDivisionError("the solver is tired")
+
+    monkeypatch.setattr(tune, "solve", broken)
+    f = auto_layout(conv, time_budget=0.0)
+    np.testing.assert_allclose(f(X, K), conv(X, K))
+    assert "the solver is tired" in f.outcome(X, K).verdict.reason
+    assert "tuning failed" in caplog.text
+    caplog.clear()
+    monkeypatch.undo()
+
+
+# What to do on a miss
+
+
+def no_measuring(*_: Any, **__: Any) -> Iterator[Any]:
+    raise AssertionError("measured")
+
+
+def test_on_miss_error_names_the_signature():
+    f = auto_layout(conv, on_miss="error")
+    with pytest.raises(TableMiss, match=r"lacks 1 convolutions, the first: lhs=2x3\[6, 5\]float32"):
+        f(X, K)
+
+
+def test_on_miss_error_is_content_with_what_is_known(costs):
+    auto_layout(conv)(X, K)
+    f = auto_layout(conv, on_miss="error")
+    np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
+    assert f.outcome(X, K).kept
+    plus_one = auto_layout(lambda x, k: conv(x, k) + 1, on_miss="error")  # another program of the same convolution
+    np.testing.assert_allclose(plus_one(X, K), conv(X, K) + 1, rtol=1e-5, atol=1e-5)
+    assert plus_one.outcome(X, K).kept
+
+
+@pytest.mark.parametrize("options", [{"on_miss": "heuristic"}, {"time_budget": 0.0}])
+def test_heuristics_measure_nothing(monkeypatch, options):
+    monkeypatch.setattr(tune, "measure", no_measuring)
+
+    def depthwise(x, k):
+        return lax.conv_general_dilated(
+            x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"), feature_group_count=16
+        )
+
+    x, k = normal(2, 2, 16, 12, 12), normal(3, 16, 1, 3, 3)
+    f = auto_layout(depthwise, verdict=False, memory_limit=1000.0, **options)
+    np.testing.assert_allclose(f(x, k), depthwise(x, k), rtol=1e-4, atol=1e-4)
+    outcome = f.outcome(x, k)
+    assert outcome.source == "heuristic"
+    assert outcome.kept and not outcome.plan.trivial  # the policy knows depthwise convolutions to be slow in XLA
+    assert table().counts() == {"measurements": 0, "plans": 0, "unsaved": 0}  # beliefs are not kept
+
+
+def test_a_budget_is_for_the_process(costs, monkeypatch):
+    monkeypatch.setattr(tune.process_budget, "spent", lambda: 100.0)
+    assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
+    assert costs == []
+    assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
+
+
+def test_verdict_by_timing(costs, monkeypatch):
+    monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
+    speeds, order = {"before": 1.0, "after": 2.0}, []
+
+    def sample(compiled, args, inner):
+        if not order:
+            order.append(compiled)  # the original, on its first run
+        return speeds["before" if compiled is order[0] else "after"] * 1e6
+
+    monkeypatch.setattr("jaxlayout.accept._sample", sample)
+    f = auto_layout(conv)
+    outcome = f.outcome(X, K)
+    assert not outcome.kept and outcome.verdict.cause == "time"
+    assert outcome.verdict.ratio == 0.5 and outcome.verdict.reason.startswith("slower: 0.50x")
+    speeds["after"] = 0.5
+    order.clear()
+    outcome = auto_layout(lambda x, k: conv(x, k) + 1).outcome(X, K)
+    assert outcome.kept and outcome.verdict.ratio == 2.0
+    speeds["after"] = 1.0
+    order.clear()
+    outcome = auto_layout(lambda x, k: conv(x, k) + 2).outcome(X, K)
+    assert not outcome.kept and outcome.verdict.reason.startswith("not faster")
+
+
+# Plans
+
+
+def test_a_plan_is_saved_loaded_and_pinned(forced, monkeypatch, tmp_path):
+    f = auto_layout(conv)
+    f(X, K)
+    f.plan(X, K).save(tmp_path / "plan.json")
+    plan = Plan.load(tmp_path / "plan.json")
+    assert plan == f.plan(X, K) and not plan.trivial
+    monkeypatch.setattr(tune, "measure", no_measuring)
+    monkeypatch.setattr(tune._Line, "judge", no_measuring)
+    monkeypatch.setattr(tune, "open_table", no_measuring)
+    pinned = auto_layout(conv, plan=plan)
+    assert str(pinned.trace(X, K).jaxpr) == str(f.trace(X, K).jaxpr)
+    np.testing.assert_array_equal(pinned(X, K), f(X, K))
+    assert pinned.outcome(X, K).source == "pinned" and pinned.outcome(X, K).kept
+    assert "pinned" in str(pinned.explain(X, K))
+    assert str(jax.make_jaxpr(pinned)(X, K)) == str(jax.make_jaxpr(auto_layout(conv, plan=plan))(X, K))
+
+
+def test_a_pinned_plan_fits_other_sizes(forced):
+    plan = auto_layout(conv).plan(X, K)
+    pinned = auto_layout(conv, plan=plan)
+    np.testing.assert_allclose(pinned(X[:1, :, 1:], K), conv(X[:1, :, 1:], K), rtol=1e-5, atol=1e-5)
+    assert pinned.outcome(X[:1, :, 1:], K).kept
+
+
+def pointwise(x, k):
+    return lax.conv_general_dilated(x, k, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def nchw_chain(x, k):
+    return jnp.max(jnp.tanh(conv(x, k)), axis=1)
+
+
+def another_axis(x, k):
+    return jnp.max(jnp.tanh(conv(x, k)), axis=3)
+
+
+def another_chain(x, k):
+    return jnp.tanh(jnp.sort(conv(x, k), axis=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda choices, mode: {(7,): mode}, r"no equation \(7,\)"),
+        (lambda choices, mode: {(0, 3): mode}, r"no equation \(0, 3\)"),
+        (lambda choices, mode: {(1,): mode}, r"equation \(1,\) tanh.* has other operands"),
+        (lambda choices, mode: {(0,): Mode(mode.operands[:1], mode.results, mode.candidate)}, "has other operands"),
+        (lambda choices, mode: {(0,): Mode(mode.results * 2, mode.results, mode.candidate)}, "other orders than its"),
+        (lambda choices, mode: {(0,): Mode(mode.operands, mode.results)}, r"conv_general_dilated.*no rule"),
+        (lambda choices, mode: {(1,): Mode(mode.results, mode.results, mode.candidate)}, "not a convolution"),
+        (lambda choices, mode: {(1,): Mode(((0, 1, 2, 3),), mode.results)}, "cannot have the orders"),
+        (lambda choices, mode: {(2,): Mode(mode.results, ((1, 0, 2),))}, "reduce_max.*cannot have the orders"),
+    ],
+)
+def test_a_pinned_plan_that_does_not_fit(forced, change, words):
+    plan = auto_layout(nchw_chain).plan(X, K)
+    assert plan.choices.keys() == {(0,), (1,), (2,)}
+    mode = plan.choices[(0,)]
+    with pytest.raises(ValueError, match=f"does not fit: .*{words}"):
+        auto_layout(nchw_chain, plan=Plan(choices=change(plan.choices, mode)))(X, K)
+
+
+@pytest.mark.parametrize("other", [another_axis, another_chain, lambda x, k: jnp.tanh(x), lambda x, k: conv(x, k)])
+def test_a_plan_for_another_version_of_a_program_does_not_fit(forced, other):
+    plan = auto_layout(nchw_chain).plan(X, K)
+    with pytest.raises(ValueError, match="does not fit"):
+        auto_layout(other, plan=plan)(X, K)
+
+
+def test_a_plan_whose_lowering_is_gone_or_does_not_apply(costs, monkeypatch):
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    monkeypatch.setattr(Turncoat, "how", None)
+    with registered(Turncoat()):
+        plan = auto_layout(conv).plan(X, K)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="cannot be computed by turncoat:NCHW"):
+        auto_layout(conv, plan=plan)(X, K)
+    one, three = normal(7, 1, 1, 5, 4), normal(8, 3, 3, 5, 4)
+    images = normal(9, 2, 6, 6, 5)
+    dims = ConvDimensionNumbers(ConvLayout("NHWC"), KernelLayout("HWIO"), ConvLayout("NHWC"))
+    identity = (0, 1, 2, 3)
+    dot = Plan(choices={(0,): Mode((identity, identity), (identity,), Candidate("dot", dims))})
+    np.testing.assert_allclose(
+        auto_layout(pointwise, plan=dot)(images, one), pointwise(images, one), rtol=1e-5, atol=1e-5
+    )
+    with pytest.raises(ValueError, match=r"equation \(0,\) conv_general_dilated.*cannot be computed by dot:NHWC"):
+        auto_layout(pointwise, plan=dot)(images, three)
+
+
+def test_every_plan_that_the_solver_makes_fits(forced):
+    def f(x, k):
+        y = jax.nn.relu(conv(x, k)).reshape(2, 4, 30).reshape(2, 4, 6, 5)
+        y = lax.reduce_window(y, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 1, 1), "SAME")
+        return jnp.concatenate([y, conv(jnp.transpose(x, (0, 1, 3, 2)), k).transpose(0, 1, 3, 2)], 1).mean((2, 3))
+
+    tuned = auto_layout(f)
+    assert len(tuned.plan(X, K).choices) > 5
+    check_fit(jax.make_jaxpr(f)(X, K), tuned.plan(X, K))
+
+
+def test_an_export_runs_where_there_is_no_jaxlayout(forced, tmp_path):
+    f = auto_layout(conv)
+    exported = jax.export.export(f)(X, K)
+    assert "transpose" in exported.mlir_module()
+    (tmp_path / "export").write_bytes(exported.serialize())
+    np.save(tmp_path / "expected.npy", f(X, K))
+    script = """
+import sys
+sys.modules["jaxlayout"] = None
+import jax, numpy as np
+from pathlib import Path
+here = Path(sys.argv[1])
+call = jax.export.deserialize(bytearray((here / "export").read_bytes())).call
+x = np.random.default_rng(0).standard_normal((2, 3, 6, 5)).astype("f")
+k = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype("f")
+np.testing.assert_allclose(call(x, k), np.load(here / "expected.npy"), rtol=1e-6, atol=1e-6)
+print("right")
+"""
+    assert python(script, tmp_path).stdout == "right\n"
+
+
+def python(script: str, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", script, *map(str, arguments)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+# The table
+
+
+CALL = """
+import logging, sys
+import jax, numpy as np
+from jax import lax
+import jaxlayout
+from jaxlayout import tune
+calls = []
+real_measure, real_judge = tune.measure, tune._Line.judge
+tune.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
+tune._Line.judge = lambda self, plan: calls.append("judge") or real_judge(self, plan)
+
+@jaxlayout.auto_layout
+def f(x, k, scale):
+    y = jax.nn.relu(lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")))
+    return {"mean": y.mean((2, 3)) * scale, "y": y}
+
+x = np.random.default_rng(0).standard_normal((2, 3, 6, 5)).astype("f")
+k = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype("f")
+out = f(x, k, 2.0)
+np.testing.assert_allclose(out["y"], f.__wrapped__(x, k, 2.0)["y"], rtol=1e-5, atol=1e-5)
+lowered = f.lower(x, k, 2.0)
+print(len(calls), f.outcome(x, k, 2.0).source)
+"""
+
+
+def test_a_second_process_neither_measures_nor_judges():
+    first = python(CALL, PYTHONHASHSEED="1").stdout.split()
+    assert int(first[0]) >= 1 and first[1] == "stored"
+    assert python(CALL, PYTHONHASHSEED="2").stdout.split() == ["0", "stored"]
+    assert table().counts()["plans"] == 1
+
+
+def test_a_second_process_knows_it_on_another_line_of_another_file(tmp_path):
+    python(CALL)
+    moved = tmp_path / "moved.py"
+    moved.write_text("\n\n\n" + CALL)
+    script = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    assert python(script, moved, PYTHONPATH=str(ROOT)).stdout.split() == ["0", "stored"]
+
+
+def test_a_damaged_table(costs):
+    path = Path(os.environ["JAXLAYOUT_TABLE"])
+    path.write_bytes(b"this is no database" * 1000)
+    f = auto_layout(conv)
+    with pytest.warns(TableWarning, match="set aside"):
+        out = f(X, K)
+    np.testing.assert_allclose(out, conv(X, K), rtol=1e-5, atol=1e-5)
+    assert f.outcome(X, K).kept
+    assert table().counts()["plans"] == 1
+
+
+def test_a_table_of_another_schema(costs):
+    path = Path(os.environ["JAXLAYOUT_TABLE"])
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE plans (something, quite, different)")
+    connection.close()
+    f = auto_layout(conv)
+    with pytest.warns(TableWarning):
+        out = f(X, K)
+    np.testing.assert_allclose(out, conv(X, K), rtol=1e-5, atol=1e-5)
+    assert f.outcome(X, K).kept
+
+
+def test_a_table_that_cannot_be_written(costs, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    f = auto_layout(conv, table=tmp_path / "file" / "table.sqlite")
+    with pytest.warns(TableWarning, match="for this process only"):
+        out = f(X, K)
+    np.testing.assert_allclose(out, conv(X, K), rtol=1e-5, atol=1e-5)
+    asked = len(costs)
+    assert f.outcome(X, K).kept and f.outcome(X, K).source == "stored"
+    assert len(costs) == asked  # this process remembers
+
+
+def test_a_stored_plan_that_cannot_be_read_is_made_anew(costs, caplog):
+    f = auto_layout(conv)
+    f(X, K)
+    ((env, function, skeleton, sizes, _),) = table()._select("plans")
+    for payload in ('{"plan": 1}', "[]", '"text"', '{"plan": {"format": 99}, "verdict": {}}'):
+        table().store_plan(env, function, skeleton, sizes, payload)
+        assert f.outcome(X, K).source == "measured"
+        assert f.outcome(X, K).source == "stored"
+    assert "cannot be read" in caplog.text
+
+
+def test_outcomes_survive_json(costs):
+    outcome = auto_layout(conv).outcome(X, K)
+    assert Outcome.from_json(json.loads(json.dumps(outcome.to_json()))) == outcome
+    for bad in (None, 3, {}, {"plan": {}}, outcome.to_json() | {"more": 1}):
+        with pytest.raises(ValueError, match="not a"):
+            Outcome.from_json(bad)
+
+
+def test_different_options_have_different_plans(costs):
+    auto_layout(conv)(X, K)
+    for options in ({"memory_limit": 999.0}, {"numerics": "relaxed"}, {"verdict": True}):
+        assert auto_layout(conv, **options).outcome(X, K).source == "measured"
+    assert auto_layout(conv, time_budget=5.0).outcome(X, K).source == "stored"
+
+
+# Interruption
+
+
+def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
+    def two(x, k):
+        return conv(conv(x, k), jnp.ones((2, 4, 1, 1)))
+
+    jobs: list[str] = []
+    interrupted = threading.Event()
+    real = tune.measure
+
+    def measure(these, **keywords):
+        for job, found in real(these, **keywords):
+            jobs.append(job.key)
+            if not interrupted.is_set():
+                interrupted.set()
+                os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
+                time.sleep(0.5)
+            yield job, found
+
+    monkeypatch.setattr(tune, "measure", measure)
+    f = auto_layout(two, verdict=False)
+    with pytest.raises(KeyboardInterrupt):
+        f(X, K)
+    assert len(jobs) == 1
+    assert table().counts()["plans"] == 0 and table().counts()["measurements"] >= 1
+    jobs_before = list(jobs)
+    np.testing.assert_allclose(f(X, K), two(X, K), rtol=1e-4, atol=1e-4)
+    assert jobs_before[0] not in jobs[1:] and len(jobs) > 1
+    assert f.outcome(X, K).source == "stored"
+
+
+# Progress
+
+
+def test_progress_on_a_terminal_only(costs, monkeypatch, capsys):
+    f = auto_layout(conv)
+    f(X, K)
+    assert capsys.readouterr() == ("", "")
+
+    class Terminal:
+        text = ""
+
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            Terminal.text += text
+
+        def flush(self):
+            pass
+
+        encoding = "utf-8"
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    auto_layout(conv).outcome(X, K)  # stored: nothing to show
+    assert Terminal.text == ""
+    auto_layout(lambda x, k: conv(x, k) + 1).outcome(X, K)
+    assert "jaxlayout <lambda>: judging" in Terminal.text
+    monkeypatch.setattr(sys, "stderr", None)
+    auto_layout(lambda x, k: conv(x, k) + 2).outcome(X, K)
+
+
+def test_nothing_is_printed_or_warned(costs, capfd, recwarn):
+    auto_layout(conv)(X, K)
+    assert capfd.readouterr() == ("", "") and not recwarn.list
+
+
+def test_the_logger_is_the_librarys(costs, caplog):
+    with caplog.at_level(logging.DEBUG):
+        auto_layout(conv)(X, K)
+    assert {r.name for r in caplog.records if "jaxlayout" in r.pathname} <= {"jaxlayout"}
+
+
+def test_options_are_one_frozen_value():
+    with pytest.raises(AttributeError):
+        Options().verdict = False  # type: ignore[misc]
+    assert hash(Options()) == hash(Options())
