@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -40,7 +39,7 @@ def main() -> None:
         named = {"n": 2, "y": x} if static else {}
         plain = jax.jit(fun, **static)
         for how, tuned in (("", auto_layout(fun, **static)), (", jitted", auto_layout(jax.jit(fun, **static)))):
-            first, second, difference = compared(lambda f: f(*args, **named), plain, tuned)
+            first, second, difference = compared(plain, tuned, args, named)
             print(f"{name + how:<34}{first:>12.2f}{second:>16.2f}{difference:>+15.2f}")
     print(f"import jaxlayout beyond import jax: {import_seconds() * 1e3:.0f} ms")
 
@@ -50,13 +49,13 @@ def tiny(x: jax.Array) -> jax.Array:
     return x + 1
 
 
-def compared(call: Callable[[Any], Any], first: Any, second: Any) -> tuple[float, float, float]:
+def compared(first: Any, second: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[float, float, float]:
     """Microseconds a call: medians of both, and of the differences."""
 
     def block(f: Any) -> float:
         start = time.perf_counter()
         for _ in range(CALLS):
-            call(f)
+            f(*args, **named)
         return (time.perf_counter() - start) / CALLS * 1e6
 
     block(first), block(second)

@@ -64,7 +64,7 @@ class Verdict:
 def accept(
     before: Compiled,
     after: Compiled,
-    args: Sequence[Any],
+    args: Sequence[Any] | None,
     *,
     contraction: int,
     memory_limit: float,
@@ -72,6 +72,7 @@ def accept(
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
+    `args`: None where they must not be run; only memory is compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
     `memory_limit`: allowed peak temporary memory relative to the original's.
     """
@@ -85,6 +86,8 @@ def accept(
         if temps["tuned_temp"] > allowed:
             reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {int(allowed)} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **temps)
+    if args is None:
+        return Verdict(kept=True, cause="untried", reason="not run", **temps)
     expected, first = _timed(before, args)
     try:
         found, second = _timed(after, args)

@@ -16,6 +16,7 @@ from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, open_jaxpr
 from jaxlayout.convs.signature import Context
@@ -78,6 +79,7 @@ class AutoLayout:
     def __init__(self, fun: Callable[..., Any], options: Options, pinned: Plan | None, jit: dict[str, Any]):
         # Without the function's attributes: one called `plan` would hide the method.
         functools.update_wrapper(self, fun, updated=())
+        self.__wrapped__: Callable[..., Any] = fun
         self.options = options
         self.pinned = pinned
         self.jit = jit
@@ -85,8 +87,8 @@ class AutoLayout:
         self._call = threading.local()  # the arguments of the call under way, for judging
         self._tuning = threading.Lock()
         self._told = told
-        self._entry = jax.jit(self._body("entry"), **told)
-        self._nested = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in _NOT_NESTED})
+        self._entry: Any = jax.jit(self._body("entry"), **told)
+        self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in _NOT_NESTED})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if am_i_under_a_jit():
@@ -155,10 +157,11 @@ class AutoLayout:
 
         @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
-            if jax.config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, or searched for a NaN
+            config: Any = jax.config
+            if config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, or searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
-            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.core.Tracer)]
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
 
             def flat(*dynamic: Any) -> Any:
                 full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
@@ -168,7 +171,7 @@ class AutoLayout:
             arrays = [leaves[i] for i in places]
             jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
             concrete = self._concrete(tree, places) if context == "entry" else None
-            if any(isinstance(const, jax.core.Tracer) for const in consts_of(jaxpr)):
+            if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
                 outer = consts_of(jaxpr)
                 jaxpr, arrays, concrete = consts_as_arguments(jaxpr, arrays), [*outer, *arrays], None
@@ -191,7 +194,7 @@ class AutoLayout:
         if call is None or found_tree != tree:
             return None
         found = [leaves[i] for i in places]
-        unreal = jax.core.Tracer | jax.ShapeDtypeStruct
+        unreal = Tracer | jax.ShapeDtypeStruct
         gone = (isinstance(x, unreal) or (isinstance(x, jax.Array) and x.is_deleted()) for x in found)
         return None if any(gone) else found
 
@@ -225,7 +228,7 @@ class AutoLayout:
 
 def _array(leaf: Any, aval: Any) -> Any:
     """An argument as jit makes an array of it."""
-    return leaf if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
+    return leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
 
 
 def _device(args: Sequence[Any]) -> Any:

@@ -45,7 +45,7 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
 
     def name(atom: Any) -> tuple[str, str]:
         if isinstance(atom, Literal):
-            return f"={_plain(atom.val)}:{atom.aval}", f"={getattr(atom.aval, 'ndim', '')}"
+            return f"={plain(atom.val)}:{atom.aval}", f"={getattr(atom.aval, 'ndim', '')}"
         number = numbers.setdefault(atom, len(numbers))
         return f"{number}:{atom.aval}", f"{number}:{len(getattr(atom.aval, 'shape', ()))}"
 
@@ -56,7 +56,7 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
         yield str(eqn.primitive), str(eqn.primitive)
         for param, value in sorted(eqn.params.items()):
             if not list(jaxprs_in_params({param: value})):
-                yield f"{param}={_plain(value)}", param
+                yield f"{param}={plain(value)}", param
         for sub in jaxprs_in_params(eqn.params):
             yield from _tokens(sub)
         for atom in (*eqn.invars, *eqn.outvars):
@@ -65,16 +65,18 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
         yield name(atom)
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """Text of a parameter that is the same in every process."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype}{value.shape}{hashlib.sha256(value.tobytes()).hexdigest()}"
     if callable(value) and not isinstance(value, type):
         return getattr(value, "__qualname__", type(value).__qualname__)
+    if isinstance(value, set | frozenset):
+        return f"{{{','.join(sorted(map(plain, value)))}}}"
     if isinstance(value, tuple | list):
-        return f"({','.join(map(_plain, value))})"
+        return f"({','.join(map(plain, value))})"
     if isinstance(value, dict):
-        return f"({','.join(f'{k}:{_plain(v)}' for k, v in value.items())})"
+        return f"({','.join(f'{k}:{plain(v)}' for k, v in value.items())})"
     return re.sub(r" at 0x[0-9a-f]+", "", str(value))
 
 

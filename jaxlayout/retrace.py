@@ -114,7 +114,7 @@ class _Interpreter:
         jaxpr = rule.body(eqn) if isinstance(rule, RegionRule) else None
         if jaxpr is None:
             raise misfit(eqn, path, "cannot be entered")
-        key = (id(open_jaxpr(jaxpr)), orders, self.inside.get(path, ()))
+        key = (id(jaxpr), orders, self.inside.get(path, ()))
         if key not in self.bodies:
 
             def body(*args: Any) -> list[Any]:

@@ -168,9 +168,11 @@ class _Line:
         progress: Progress,
         stop: threading.Event,
     ):
-        self.jaxpr, self.args, self.options, self.context = jaxpr, args, options, context
+        self.jaxpr, self.args, self.options = jaxpr, args, options
+        self.context: Context = context
         self.progress, self.stop = progress, stop
-        self.device = jax.config.jax_default_device or jax.local_devices()[0]
+        config: Any = jax.config
+        self.device = config.jax_default_device or jax.local_devices()[0]
         self.table = open_table(options.table)
         self.key: ProgramKey = program_key(jaxpr)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
@@ -231,15 +233,17 @@ class _Line:
         near = self.nearest()
         graph = self.graph(near)
         missing = self.model.missing_convolutions(graph)
-        measured = self.measure("convolutions", missing)
+        timed = self.measure("convolutions", missing)
+        complete = timed == len(missing)
+        timed += self.measure("other equations", self.model.missing_works(graph))
         outcome = untouched("tuning was interrupted")
         for _ in range(MEMORY_ATTEMPTS):
             plan, more = self.solve(graph)
-            measured += more
+            timed += more
             if self.stop.is_set():
                 return outcome
-            source = "nearest" if near else "heuristic" if len(missing) > measured else "measured"
-            outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=measured)
+            source = "heuristic" if not complete else "nearest" if near else "measured"
+            outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
             if outcome.verdict.cause != "memory" or not self.forbid_hungriest(graph, plan):
                 break
         return outcome
@@ -263,11 +267,12 @@ class _Line:
         if self.options.on_miss == "error":
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
-        done = 0
         with timing_lock(notify=logger.info), process_budget.spending():
             relax = 1.0 if self.options.numerics == "strict" else 100.0
             memory = available_memory(self.device)
-            for job, found in measure(jobs, device=self.device, memory_bytes=memory, relax=relax):
+            left = [job for job in jobs if not self.model.learned(job)]  # while this waited for the lock
+            done = len(jobs) - len(left)
+            for job, found in measure(left, device=self.device, memory_bytes=memory, relax=relax):
                 self.model.record(job.key, found)
                 done += 1
                 self.progress.step()
@@ -283,10 +288,6 @@ class _Line:
         """Rewritten against original, as whole functions."""
         if plan.trivial:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
-        if has_effects(self.jaxpr):
-            return self.untried(plan, "it has side effects")
-        if self.args is None and needs_real_arguments(self.jaxpr):
-            return self.untried(plan, "made-up arguments could stop it from ending, or upset a callback")
         self.progress.stage("judging")
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
@@ -299,17 +300,27 @@ class _Line:
                 after = compiling.result()
             except Exception as error:
                 return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
-            return accept(
+            verdict = accept(
                 before,
                 after,
-                self.trial_arguments,
+                None if self.not_to_be_run else self.trial_arguments,
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
             )
+        return self.untried(plan, self.not_to_be_run) if self.not_to_be_run and verdict.kept else verdict
+
+    @property
+    def not_to_be_run(self) -> str:
+        """Why the function must not be run on trial, if so."""
+        if has_effects(self.jaxpr):
+            return "it has side effects"
+        if self.args is None and needs_real_arguments(self.jaxpr):
+            return "made-up arguments could stop it from ending, or upset a callback"
+        return ""
 
     def untried(self, plan: Plan, why: str) -> Verdict:
-        """The verdict where the function must not be run: the model alone decides."""
+        """The verdict where the function is not run: the model alone decides."""
         kept = plan.predicted_ns < plan.written_ns
         return Verdict(kept=kept, reason=f"not run on trial: {why}", cause="untried")
 
@@ -341,7 +352,8 @@ class _Line:
         total = 0
         for eqn in equations(self.jaxpr):
             if eqn.primitive in CONVOLUTIONS:
-                total += ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params).contraction
+                lhs, rhs = (v.aval for v in eqn.invars)
+                total += ConvSignature.of(lhs, rhs, eqn.params).contraction
             elif eqn.primitive.name == "dot_general":
                 contracted = eqn.params["dimension_numbers"][0][0]
                 total += int(np.prod([eqn.invars[0].aval.shape[a] for a in contracted], dtype=np.int64))

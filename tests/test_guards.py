@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +272,45 @@ def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, wor
             assert outcome.verdict.cause == cause and words in outcome.verdict.reason
         assert outcome.source == "stored"
         assert not any(eqn.primitive is tuned_conv_p for eqn in equations(f.trace(X, K).jaxpr))
+
+
+def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch):
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
+    ran = []
+
+    def f(x, k):
+        jax.debug.callback(lambda: ran.append(1))
+        return conv(x, k)
+
+    with registered(Turncoat()):
+        tuned = auto_layout(f)
+        outcome = tuned.outcome(X, K)
+        assert not outcome.kept and "turncoat" not in str(outcome.plan.choices)
+        jax.effects_barrier()
+        assert ran == []
+
+
+def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
+    """Many start at once, on the same functions: what the first has measured, the others need not."""
+    auto_layout(conv)(X, K)
+    known = list(costs)
+    path = os.environ["JAXLAYOUT_TABLE"]
+
+    @contextmanager
+    def waiting(**_):
+        table().import_json(exported)
+        yield
+
+    exported = Path(path).with_name("exported.json")
+    table().export_json(exported)
+    monkeypatch.setattr(tune, "timing_lock", waiting)
+    f = auto_layout(conv, table=Path(path).with_name("another.sqlite"))
+    monkeypatch.setenv("JAXLAYOUT_TABLE", str(Path(path).with_name("another.sqlite")))
+    np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
+    assert f.outcome(X, K).kept
+    assert costs == known
 
 
 def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -24,15 +25,13 @@ from programs import Program, programs, random_layouts, random_plan
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.measure import coalesced
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Rule
 from jaxlayout.graph.rules.base import registered_rule, same_axes
 from jaxlayout.graph.solve import solve
-from jaxlayout.layout import ConvDimensionNumbers, Order, conversion
-from jaxlayout.layout.order import permuted
+from jaxlayout.layout import ConvDimensionNumbers, Order
 from jaxlayout.program import count_transposes, equations
 from jaxlayout.retrace import retrace
 
@@ -112,7 +111,7 @@ def forced(jaxpr: Any, *dims: str) -> Plan:
     wanted = {ConvDimensionNumbers.parse(each) for each in dims}
 
     def site_ns(node: Node, mode: Mode) -> float:
-        return 0.0 if mode.candidate is not None and mode.candidate.dims in wanted else 1e9
+        return 0.0 if mode.candidate is None or mode.candidate.dims in wanted else 1e9
 
     plan = solve(build_graph(jaxpr, offering(*dims)), site_ns, size_ns)
     assert plan.exact and plan.predicted_ns < 1e9
@@ -464,6 +463,25 @@ def test_integers_booleans_and_keys_beside():
         np.testing.assert_array_equal(found, wanted)
 
 
+def test_tied_maxima_pass_their_gradient_to_the_same_element():
+    """Were a window searched in another order, another of its equal elements would be the first."""
+
+    def fun(x: Any, k: Any) -> Any:
+        return max_pool(jnp.clip(conv(x, k, "NHWC,HWIO->NHWC"), 0, 1), (1, 2, 2, 1))
+
+    x, k = whole_numbers((1, 6, 6, 2), (3, 3, 2, 3))
+    cotangent = np.random.default_rng(0).standard_normal((1, 3, 3, 3), np.float32)
+    jaxpr = trace(fun, x, k)
+    for order, pooled_so in (("CHWN", True), ("CWHN", False)):
+        plan = forced(jaxpr, f"{order},HWIO->{order}")
+        pools = [eqn for eqn in equations(retraced(jaxpr, plan)) if eqn.primitive.name == "reduce_window_max"]
+        assert (pools[0].invars[0].aval.shape == (3, 6, 6, 1)) == pooled_so
+        found, wanted = (
+            jax.jit(jax.grad(lambda x, f=f: jnp.vdot(f(x, k), cotangent)))(x) for f in (single(jaxpr, plan), fun)
+        )
+        np.testing.assert_array_equal(found, wanted)
+
+
 # Retracing twice
 
 
@@ -471,42 +489,280 @@ def random_site_ns(seed: int) -> Callable[[Node, Mode], float]:
     """A cost of each candidate for each signature, wherever it stands."""
 
     def site_ns(node: Node, mode: Mode) -> float:
-        assert node.conv is not None
-        return random.Random(f"{seed} {node.conv.key} {mode.candidate}").uniform(0, 3000)
+        return random.Random(f"{seed} {node.conv} {mode.candidate}").uniform(0, 3000) if node.conv else 0.0
 
     return site_ns
 
 
 def random_conversion_ns(seed: int) -> Callable[..., float]:
-    """A cost of each way to move data, however the program came to it; no two moves cost less than one."""
+    """A cost for each value whatever way it is moved. (Plans move a value from the order it was produced in alone: were
+    two moves cheaper than one, or the way from another copy, the retraced program would show that.)"""
 
     def conversion_ns(shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
-        move = coalesced(permuted(shape, held), conversion(held, wanted))
-        return random.Random(f"{seed} {move}").uniform(150, 300)
+        return random.Random(f"{seed} {sorted(n for n in shape if n != 1)}").uniform(0, 300)
 
     return conversion_ns
 
 
-def assert_settled(jaxpr: Any, enumerate_candidates: Any, site_ns: Any, conversion_ns: Any) -> None:
-    """Under the plan found for it, a retraced program stays as it is."""
-    plan = solve(build_graph(jaxpr, enumerate_candidates), site_ns, conversion_ns)
+def retraced_twice(jaxpr: Any, ways: Any, site_ns: Any, conversion_ns: Any) -> tuple[Plan, Any, Plan]:
+    """The plan, the retraced program, and the plan of that, which is found to cost what the first says."""
+    plan = solve(build_graph(jaxpr, ways), site_ns, conversion_ns)
     new = retraced(jaxpr, plan)
-    again = solve(build_graph(new, enumerate_candidates), site_ns, conversion_ns)
-    assert again.predicted_ns == pytest.approx(plan.predicted_ns, abs=1e-6)
+    again = solve(build_graph(new, ways), site_ns, conversion_ns)
+    assert again.written_ns == pytest.approx(plan.predicted_ns)
+    return plan, new, again
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_twice_is_once_for_a_chain(seed):
+    jaxpr = trace(net, *NET_ARGS)
+    ways = offering(FIRST, LAST, "HWNC,HWIO->HWNC", "NHWC,HWIO->NCHW")
+    plan, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
     assert again.trivial
     assert text(retraced(new, again)) == text(new)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_twice_is_once_for_a_chain(seed):
-    jaxpr = trace(net, *NET_ARGS)
-    ways = offering(FIRST, LAST, "HWNC,HWIO->HWNC", "NHWC,HWIO->NCHW")
-    assert_settled(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
-
-
-@settings(CI, max_examples=60)
+@settings(CI, max_examples=100)
 @given(programs(), SEEDS)
 def test_twice_is_once(program, seed):
     with program.config():
-        jaxpr = program.jaxpr()
-        assert_settled(jaxpr, random_layouts(seed), random_site_ns(seed), random_conversion_ns(seed))
+        jaxpr, ways = program.jaxpr(), random_layouts(seed)
+        plan, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
+        # Where a rule leaves an axis a free place it depends on the order written, so now and then a better plan is in sight.
+        assert again.trivial or again.predicted_ns < plan.predicted_ns - 1e-6
+        if again.trivial:
+            assert text(retraced(new, again)) == text(new)
+
+
+# Derivatives of the user's own
+
+
+def test_a_straight_through_estimator_survives():
+    @jax.custom_vjp
+    def rounded(x: Any) -> Any:
+        return jnp.round(x)
+
+    rounded.defvjp(lambda x: (jnp.round(x), None), lambda _, ct: (7 * ct,))
+
+    def loss(x: Any, k: Any) -> Any:
+        return jnp.sum(rounded(conv(x, k, FIRST)) ** 2)
+
+    args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
+    jaxpr = trace(loss, *args)
+    plan = forced(jaxpr, LAST)
+    new = retraced(jaxpr, plan)
+    assert transposes(new) == [(2, 3, 4, 4)] and "custom_vjp_call" in names(new)
+    wanted = jax.jit(jax.grad(loss, (0, 1)))(*args)
+    for grad in (jax.grad(single(jaxpr, plan), (0, 1)), jax.grad(jax.jit(single(jaxpr, plan)), (0, 1))):
+        for a, b in zip(jax.jit(grad)(*args), wanted, strict=True):
+            np.testing.assert_array_equal(a, b)
+    gradient = jax.make_jaxpr(jax.grad(single(jaxpr, plan)))(*args)
+    assert count_transposes(gradient) <= 6
+
+
+def test_the_gradient_of_relu_at_zero():
+    def fun(x: Any, k: Any) -> Any:
+        return jax.nn.relu(conv(x, k, FIRST))
+
+    x, k = np.zeros((1, 2, 3, 3), np.float32), whole_numbers((4, 2, 3, 3))[0]
+    jaxpr = trace(fun, x, k)
+    plan = forced(jaxpr, LAST)
+    for f in (fun, single(jaxpr, plan)):
+        assert not jax.jit(jax.grad(lambda x, f=f: f(x, k).sum()))(x).any()
+        assert not jax.jit(jax.jvp, static_argnums=0)(lambda x, f=f: f(x, k), (x,), (x + 1,))[1].any()
+
+
+def test_a_custom_jvp_has_its_own_tangents_in_any_order():
+    @jax.custom_jvp
+    def fun(x: Any, scale: Any) -> Any:
+        return x * scale, x.sum(0)
+
+    @fun.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        (x, scale), (dx, dscale) = primals, tangents
+        return fun(x, scale), (5 * dx * scale[0], dx.sum(0) + jnp.arange(x.shape[3]) * dscale.sum())
+
+    def program(x: Any, k: Any, scale: Any) -> Any:
+        return fun(conv(x, k, FIRST), scale)
+
+    args = whole_numbers((2, 3, 4, 5), (6, 3, 3, 3), (6, 1, 1))
+    tangents = whole_numbers((2, 3, 4, 5), (6, 3, 3, 3), (6, 1, 1))
+    jaxpr = trace(program, *args)
+    for order in ("NHWC", "CWHN", "WNCH"):
+        plan = forced(jaxpr, f"{order},OIHW->{order}")
+        found = jax.jit(lambda a, t, plan=plan: jax.jvp(retrace(jaxpr, plan), a, t))(tuple(args), tuple(tangents))
+        wanted = jax.jit(lambda a, t: jax.jvp(program, a, t))(tuple(args), tuple(tangents))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_symbolic_zeros_are_a_barrier():
+    @jax.custom_vjp
+    def fun(x: Any) -> Any:
+        return 2 * x
+
+    fun.defvjp(lambda x: (2 * x.value, x.perturbed), lambda perturbed, ct: (3 * ct,), symbolic_zeros=True)
+
+    def program(x: Any, k: Any) -> Any:
+        return fun(conv(x, k, FIRST))
+
+    args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
+    jaxpr = trace(program, *args)
+    assert [node.name for node in build_graph(jaxpr, offering(LAST)).barriers] == ["custom_vjp_call"]
+    plan = forced(jaxpr, LAST)
+    found, wanted = (
+        jax.jit(jax.grad(lambda x, k, f=f: f(x, k).sum()))(*args) for f in (single(jaxpr, plan), program)
+    )
+    np.testing.assert_array_equal(found, wanted)
+
+
+# Effects, names and lines
+
+
+def test_effects_come_as_often_and_in_the_same_order():
+    seen: list[Any] = []
+
+    def note(what: str, value: Any) -> None:
+        seen.append((what, np.shape(value), float(np.sum(value))))
+
+    def program(x: Any, k: Any) -> Any:
+        io_callback(partial(note, "first"), None, x, ordered=True)
+        y = conv(x, k, FIRST)
+        io_callback(partial(note, "second"), None, y, ordered=True)
+
+        @jax.jit
+        def inner(y: Any) -> Any:
+            io_callback(partial(note, "inner"), None, y[:, 0], ordered=True)
+            return jax.nn.relu(y)
+
+        y = inner(inner(y))
+        io_callback(partial(note, "last"), None, y, ordered=True)
+        return y
+
+    args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
+    jaxpr = trace(program, *args)
+    plan = forced(jaxpr, LAST)
+    assert not plan.trivial
+    seen_by = []
+    for fun in (program, single(jaxpr, plan)):
+        jax.block_until_ready(jax.jit(fun)(*args))
+        jax.effects_barrier()
+        seen_by.append(list(seen))
+        seen.clear()
+    assert seen_by[0] == seen_by[1] and len(seen_by[0]) == 5
+    assert seen_by[0][1][:2] == ("second", (2, 5, 4, 4))
+
+
+def test_debug_prints(capsys):
+    def program(x: Any, k: Any) -> Any:
+        y = conv(x, k, FIRST)
+        jax.debug.print("{} of {}", y.shape[1], y.sum(), ordered=True)
+        jax.debug.print("then {}", jnp.swapaxes(y, 1, 3)[0, 0, 0], ordered=True)
+        return jax.vmap(jax.nn.relu)(y)
+
+    args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
+    jaxpr = trace(program, *args)
+    plan = forced(jaxpr, LAST)
+    printed = []
+    for fun in (program, single(jaxpr, plan)):
+        jax.block_until_ready(jax.jit(fun)(*args))
+        jax.effects_barrier()
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and printed[0].startswith("5 of ")
+
+
+def test_scopes_and_lines_survive():
+    @jax.jit
+    def block(x: Any, k: Any) -> Any:
+        with jax.named_scope("inside"):
+            return jax.nn.relu(conv(x, k, FIRST))
+
+    def program(x: Any, k: Any) -> Any:
+        with jax.named_scope("stem"):
+            x = conv(x, k, FIRST)
+        with jax.named_scope("body"), jax.named_scope("deep"):
+            x = block(x, k)
+        return x
+
+    args = whole_numbers((2, 3, 4, 4), (3, 3, 3, 3))
+    jaxpr = trace(program, *args)
+    new = retraced(jaxpr, forced(jaxpr, LAST))
+
+    def places(jaxpr: Any) -> list[tuple[str, str]]:
+        return [
+            (source_info_util.summarize(eqn.source_info), str(eqn.source_info.name_stack))
+            for eqn in equations(jaxpr)
+            if eqn.primitive.name not in ("transpose", "reshape")
+        ]
+
+    assert places(new) == places(jaxpr)
+    line, scope = places(new)[0]
+    assert "test_retrace.py" in line and scope == "stem"
+    lowered = jax.jit(retrace(jaxpr, forced(jaxpr, LAST))).lower(*args)
+    located = lowered.as_text(debug_info=True)
+    assert all(scope in located for scope in ("/stem/conv_general_dilated", "/body/deep/", "inside/conv_general_dilated"))
+    assert "stem/" in lowered.compile().as_text()
+
+
+# Rules
+
+
+def test_an_order_passes_a_primitive_that_has_been_given_a_rule():
+    double_p = Primitive("double")
+    double_p.def_abstract_eval(lambda x: x)
+    mlir.register_lowering(double_p, mlir.lower_fun(lambda x: 2 * x, multiple_results=False))
+
+    def program(x: Any, k: Any) -> Any:
+        return conv(double_p.bind(conv(x, k, FIRST)), k, FIRST)
+
+    args = whole_numbers((2, 3, 4, 4), (3, 3, 3, 3))
+    jaxpr = trace(program, *args)
+    assert [node.name for node in build_graph(jaxpr, offering(LAST)).barriers] == ["double"]
+    without = forced(jaxpr, LAST)
+    assert count_transposes(retraced(jaxpr, without)) == len(without.conversions) == 4
+    with registered_rule(double_p, Rule(same_axes)):
+        assert not build_graph(jaxpr, offering(LAST)).barriers
+        plan = forced(jaxpr, LAST)
+        assert count_transposes(retraced(jaxpr, plan)) == len(plan.conversions) == 2
+        np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(*args), jax.jit(program)(*args))
+        with pytest.raises(ValueError, match="double has a rule already"), registered_rule(double_p, Rule(same_axes)):
+            pass
+    with pytest.raises(ValueError, match=r"equation \(1,\) double.* has no rule .*test_retrace.py"):
+        retraced(jaxpr, plan)
+
+
+def test_a_plan_that_does_not_fit_is_refused():
+    """With the equation and the user's line."""
+
+    def program(x: Any, k: Any) -> Any:
+        y = conv(x, k, LAST)
+        y = lax.sort(y + 1, dimension=3)
+        return y.sum((1, 2))
+
+    jaxpr = trace(program, *whole_numbers((2, 4, 4, 4), (4, 4, 3, 3)))
+    last = (0, 3, 1, 2)
+    operands = ((0, 1, 2, 3), (0, 1, 2, 3))
+    candidate = Candidate("xla", ConvDimensionNumbers.parse(LAST))
+    wrong = {
+        "conv_general_dilated.* has other operands": ((0,), Mode(operands[:1], operands[:1])),
+        "add.* has other operands": ((1,), Mode((last, (0,)), (last,))),
+        "add.* is not a convolution": ((1,), Mode((last, ()), (last,), candidate)),
+        "sort.* has no rule": ((2,), Mode((last,), (last,))),
+        "add.* cannot be entered": ((1, 0), Mode((last,), (last,))),
+    }
+    for message, (path, mode) in wrong.items():
+        with pytest.raises(ValueError, match=f"does not fit: equation .*{message}.*test_retrace.py"):
+            retraced(jaxpr, Plan(choices={path: mode}))
+    unchecked = {
+        "add.* cannot have the orders": ((1,), Mode((last, ()), ((0, 1, 2, 3),))),
+        "conv_general_dilated.* has other orders than": ((0,), Mode((last, operands[1]), (last,), candidate)),
+        "cannot be computed by": ((0,), Mode(operands, operands[:1], Candidate("nonsense", candidate.dims))),
+    }
+    for message, (path, mode) in (wrong | unchecked).items():
+        if len(path) == 1:
+            with pytest.raises(ValueError, match=f"does not fit: equation .*{message}.*test_retrace.py"):
+                check_fit(jaxpr, Plan(choices={path: mode}))
+    for path in ((17,), (1, 0)):
+        with pytest.raises(ValueError, match="the program has no equation"):
+            check_fit(jaxpr, Plan(choices={path: Mode((last,), (last,))}))
+    check_fit(jaxpr, forced(jaxpr, FIRST))

@@ -27,6 +27,7 @@ from jaxlayout.convs.lowering import evaluate, lowerings
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
 from jaxlayout.threads import Workers
 
@@ -115,6 +116,30 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
         lambda written: max(2 * written if np.isfinite(written) else 0.0, allowed),
         conv.context,
     )
+
+
+def mode_id(mode: Mode) -> str:
+    """The key of a mode of an equation that is no convolution."""
+    return f"{_digits(mode.operands)}->{_digits(mode.results)}"
+
+
+def _digits(orders: Sequence[Order]) -> str:
+    return ",".join(".".join(map(str, order)) for order in orders)
+
+
+def work_job(work: Work, modes: Sequence[Mode], context: Context) -> Job:
+    """The job of timing an equation in the orders it can work in."""
+    by_id = {mode_id(mode): mode for mode in modes}
+
+    def alternative(mode: Mode) -> Callable[..., Any]:
+        return lambda *arrays: work.apply(mode, arrays)
+
+    def inputs() -> Any:
+        rng = np.random.default_rng(0)
+        logical = [_random(rng, value.shape, value.dtype) for value in work.operands]
+        return lambda name: tuple(map(np.transpose, logical, by_id[name].operands)), None
+
+    return Job(work.key, {name: alternative(mode) for name, mode in by_id.items()}, inputs, context=context)
 
 
 def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context: Context) -> Job:

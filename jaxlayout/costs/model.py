@@ -13,10 +13,19 @@ import numpy as np
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import Context, ConvSignature
-from jaxlayout.costs.measure import Job, candidate_id, coalesced, conv_job, transpose_job, transpose_key
+from jaxlayout.costs.measure import (
+    Job,
+    candidate_id,
+    coalesced,
+    conv_job,
+    mode_id,
+    transpose_job,
+    transpose_key,
+    work_job,
+)
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.table import CostTable
-from jaxlayout.graph.build import LayoutGraph, Mode, Node
+from jaxlayout.graph.build import LayoutGraph, Mode, Node, Work
 from jaxlayout.graph.plan import Plan
 from jaxlayout.layout import LayoutPolicy, Order, conversion
 from jaxlayout.layout.order import permuted
@@ -45,6 +54,11 @@ class CostModel:
         self.table.record_many(self.environment, key, found)
         self._known[key] = self.known(key) | found
 
+    def learned(self, job: Job) -> bool:
+        """Whether the table knows all of a job by now: another process may have measured it meanwhile."""
+        self._known[job.key] = self.table.measurements(self.environment, job.key)
+        return job.alternatives.keys() <= self._known[job.key].keys()
+
     def measurement(self, conv: ConvSignature, candidate: Candidate) -> Measurement | None:
         """What was measured of a candidate, if anything."""
         return self.known(conv.key).get(candidate_id(candidate))
@@ -62,6 +76,9 @@ class CostModel:
         """`site_ns` of a graph's convolution. What is not as the user wrote it must be faster by more than the
         noise of its measurement. The form written is always allowed, since it is what runs without us; it costs
         dearly where it was measured to fail."""
+        if node.work is not None:
+            cost = self.work_ns(node.work, mode)
+            return cost if np.isfinite(cost) or mode != node.modes[0] else 0.0
         if node.conv is None or mode.candidate is None:
             return 0.0
         cost = self.site_ns(node.conv, mode.candidate)
@@ -69,6 +86,14 @@ class CostModel:
             found = self.measurement(node.conv, mode.candidate)
             return cost + ((found and found.spread_ns) or 0.0)
         return cost if np.isfinite(cost) else 1000 * self.prior_ns(node.conv, mode.candidate)
+
+    def work_ns(self, work: Work, mode: Mode) -> float:
+        """The cost of another equation in an order; nothing where it is not measured."""
+        known = self.known(work.key)
+        found = known.get(mode_id(mode))
+        if found is not None and found.median_ns is not None:
+            return found.median_ns
+        return np.inf if known else 0.0
 
     def prior_ns(self, conv: ConvSignature, candidate: Candidate) -> float:
         """What the policy believes."""
@@ -102,6 +127,16 @@ class CostModel:
             if new:  # the written one is timed again beside them: only times of one run compare
                 jobs.append(conv_job(conv, list(dict.fromkeys((next(iter(found)), *new)))))
         return jobs
+
+    def missing_works(self, graph: LayoutGraph) -> list[Job]:
+        """The jobs for the other equations whose order matters and is open, each once."""
+        jobs = {}
+        for node in graph.nodes:
+            if node.work is None or len(node.modes) == 1:
+                continue
+            if not {mode_id(mode) for mode in node.modes} <= self.known(node.work.key).keys():
+                jobs[node.work.key] = work_job(node.work, node.modes, self.context)
+        return list(jobs.values())
 
     def missing_conversions(self, plan: Plan) -> list[Job]:
         """The jobs for the conversions that a plan has and that are believed, not measured."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from jax.extend.core import Literal as LiteralAtom
@@ -19,8 +19,9 @@ from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
-from jaxlayout.graph.rules import RegionRule, Rule, follow, rule_for
+from jaxlayout.graph.rules import Orders, RegionRule, Rule, follow, rule_for
 from jaxlayout.layout import Order, identity
+from jaxlayout.program import plain
 
 Path = tuple[int, ...]
 """Where an equation is: its index in the program, then in the jaxpr that it calls, and so on."""
@@ -28,6 +29,10 @@ Path = tuple[int, ...]
 MAX_ORDERS = 5
 """How many orders of one value are considered. Two to three occur; a program that permutes its axes back and
 forth would multiply them."""
+
+
+SMALL = 2**16
+"""Below so many bytes the order of an equation's operands does not matter."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,17 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """An equation, no convolution, whose time depends on the order it works in."""
+
+    key: str
+    """What is computed: equal for equal equations."""
+    operands: tuple[Value, ...]
+    apply: Callable[[Mode, Sequence[Any]], list[Any]] = field(compare=False)
+    """Physical operands to physical results in a mode."""
+
+
+@dataclass(frozen=True, slots=True)
 class Node:
     """`operands` and `results` are indices of values; `modes[0]` is what the user wrote."""
 
@@ -68,6 +84,7 @@ class Node:
     """The primitive's name."""
     moved: Order | None = None
     """A transpose that the user wrote: the order of its result if it is absorbed; `modes[0]` is to do it."""
+    work: Work | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +166,9 @@ class _Builder:
         conv: ConvSignature | None = None,
         name: str = "",
         moved: Order | None = None,
+        work: Work | None = None,
     ) -> None:
-        node = Node(path, kind, slot, tuple(operands), tuple(results), (), conv, name, moved)
+        node = Node(path, kind, slot, tuple(operands), tuple(results), (), conv, name, moved, work)
         self.drafts.append(_Draft(node, dict.fromkeys(modes), extend))
 
     def produced(self, aval: Any, path: Path, slot: int, kind: Any) -> tuple[int, int]:
@@ -197,10 +215,22 @@ class _Builder:
             (written,), free = _only(*ranks), extend(0, identity(ranks[0][0])) if rule.moves else None
             modes = (written,) if free is None else (written, free)
             moved = free and free.results[0]
-            self.add(path, "equation", 0, operands, results, modes, extend, name=name, moved=moved)
+            self.add(path, "equation", 0, operands, results, modes, extend, None, name, moved, self.work(eqn, rule))
         else:
             self.add(path, "barrier", 0, operands, results, _only(*ranks), name=name)
         return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
+
+    def work(self, eqn: Any, rule: Rule) -> Work | None:
+        values = [Value(tuple(v.aval.shape), v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)]
+        if not rule.sensitive or sum(value.nbytes for value in values) < SMALL:
+            return None
+        shapes = " ".join(f"{value.dtype}{list(value.shape)}" for value in values)
+
+        def apply(mode: Mode, operands: Sequence[Any]) -> list[Any]:
+            return rule.apply(eqn, operands, Orders(mode.operands, mode.results))
+
+        key = f"{eqn.primitive} {shapes} {plain(eqn.params)} in={self.context}"
+        return Work(key, tuple(values[: len(eqn.invars)]), apply)
 
     def call(self, eqn: Any, body: Any, operands: list[int], path: Path) -> list[tuple[int, int]]:
         def through(aval: Any, value: int, kind: Any, slot: int) -> tuple[int, int]:

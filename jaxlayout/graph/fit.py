@@ -65,7 +65,8 @@ def _site_objection(eqn: Any, mode: Mode, candidate: Candidate) -> str:
     if eqn.primitive not in CONVOLUTIONS:
         return "is not a convolution"
     dims = written_order(eqn.params)
-    conv = ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params)
+    lhs, rhs = (v.aval for v in eqn.invars)
+    conv = ConvSignature.of(lhs, rhs, eqn.params)
     if candidate not in candidates(conv, Candidate(chosen_lowering(eqn.params), dims)):
         return f"cannot be computed by {candidate}"
     operands = candidate.dims.lhs.permutation_from(dims.lhs), candidate.dims.rhs.permutation_from(dims.rhs)

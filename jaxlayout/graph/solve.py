@@ -18,7 +18,8 @@ from jaxlayout.graph.plan import Conversion, Plan
 from jaxlayout.layout import Order, identity, moves_data
 
 SiteCost = Callable[[Node, Mode], float]
-"""Nanoseconds of a convolution in one of its modes; inf where it may not be chosen (the first always may)."""
+"""Nanoseconds of a convolution, or of other work that depends on the order, in one of its modes; inf where it may
+not be chosen (the first always may)."""
 ConversionCost = Callable[[Sequence[int], Any, Order, Order], float]
 """Nanoseconds of converting a value of some shape and dtype from one order to another; only asked where data
 moves."""
@@ -72,8 +73,8 @@ class _Problem:
                 self.shared(value, producer, home, wanted)
 
     def mode_ns(self, node: Node, mode: Mode) -> float:
-        """What a node costs in itself: a convolution's time, the move of a transpose that stays."""
-        if node.conv is not None:
+        """What a node costs in itself: the time of what depends on the order, the move of a transpose that stays."""
+        if node.conv is not None or node.work is not None:
             return self.site_ns(node, mode)
         if node.moved is not None and mode is node.modes[0]:
             return self.ns(node.results[0], node.moved, mode.results[0])

@@ -83,7 +83,8 @@ class Shifted(Lowering):
         shape = conv.out_shape(dims.out)
         if not rows:
             return lax.full(shape, 0, conv.out_dtype)
-        return lax.reshape(reduce(lax.add, rows.values()), shape).astype(conv.out_dtype)
+        out = lax.reshape(reduce(lax.add, rows.values()), shape).astype(conv.out_dtype)
+        return lax.optimization_barrier(out)  # or XLA computes the taps anew for each consumer
 
 
 def _span(at: int, size: int, stride: int, outputs: int) -> tuple[int, int]:

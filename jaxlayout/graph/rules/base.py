@@ -58,6 +58,9 @@ class Rule:
     moves: bool = False
     """It is there to move its operand's axes: done as written it costs what a conversion costs, absorbed nothing."""
 
+    sensitive: bool = False
+    """Whether its time depends on the order, so that it is measured in each."""
+
     def apply(self, eqn: Any, operands: Sequence[Any], orders: Orders) -> list[Any]:
         """Bind the equation on physical operands; gives physical results."""
         if self.bind is not None:

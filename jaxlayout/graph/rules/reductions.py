@@ -60,4 +60,4 @@ for _primitive in (
     p.reduce_window_max_p, p.reduce_window_min_p, p.reduce_window_sum_p, p.reduce_window_p,
     p.select_and_scatter_add_p, p.select_and_gather_add_p,
 ):  # fmt: skip
-    register_rule(_primitive, Rule(_window, _window_params))
+    register_rule(_primitive, Rule(_window, _window_params, sensitive=True))

@@ -181,4 +181,5 @@ def _dot_params(eqn, orders: Orders) -> dict:
     return {"dimension_numbers": (contract, batches)}
 
 
-register_rule(p.dot_general_p, Rule(_dot, _dot_params))
+# XLA takes any order, but may have to transpose inside.
+register_rule(p.dot_general_p, Rule(_dot, _dot_params, sensitive=True))
