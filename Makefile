@@ -13,7 +13,7 @@ demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
 	$(RUN) bench.demo $(ARGS)
 
 bench: $(VENV)/installed-bench  ## every figure of the README
-	$(RUN) bench $(ARGS)
+	$(RUN) bench.networks $(ARGS)
 
 test: lint typecheck  ## the whole check
 	$(RUN) pytest -n 2 $(ARGS)

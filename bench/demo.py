@@ -24,19 +24,19 @@ from jaxlayout.program import count_transposes
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit status is 1 if a result disagrees."""
     parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=list(MODELS), help="default: all")
+    parser.add_argument("models", nargs="*", help=f"default: all of {', '.join(MODELS)}")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--table", default=None, help="cost table, default: the user's")
     given = parser.parse_args(argv)
+    if unknown := set(given.models) - set(MODELS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
     say = Console(soft_wrap=True).print
     say(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, batch {given.batch}, {given.size}x{given.size}")
     say("times: medians of runs in turn, ms; ratio: median of pairs; conversions: transposes as written -> tuned")
-    say(
-        f"{'model':20} {'jit':>8} {'auto_layout':>12} {'ratio':>13} {'error':>8} {'conversions':>12} {'tuning':>8}  plan"
-    )
+    say(f"{'model':20} {'jit':>8} {'auto_layout':>12} {'ratio':>13} {'error':>8} {'conversions':>12} {'tuning':>8} ")
     right = True
-    for name in given.models:
+    for name in given.models or MODELS:
         apply, params, images = MODELS[name].build(given.batch, given.size, jax.random.key(0))
         plain, tuned = jax.jit(apply), auto_layout(apply, table=given.table)
         start = time.monotonic()

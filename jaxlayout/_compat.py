@@ -12,7 +12,7 @@ import jax.extend.core as jex_core
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE
+am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
 
 
 def open_jaxpr(jaxpr: Any) -> Any:

@@ -69,12 +69,13 @@ def accept(
     contraction: int,
     memory_limit: float,
     timed: bool = True,
+    relax: float = 1.0,
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `args`: None where they must not be run; only memory is compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
-    `memory_limit`: allowed peak temporary memory relative to the original's.
+    `memory_limit`: allowed peak temporary memory relative to the original's. `relax`: multiplies the error allowed.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     temps: dict[str, Any] = {}
@@ -94,7 +95,7 @@ def accept(
     except Exception as error:
         return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **temps)
     eps = max((float(jnp.finfo(x.dtype).eps) for x in expected if jnp.issubdtype(x.dtype, jnp.inexact)), default=0.0)
-    tolerance = min(MAX_TOLERANCE, TOLERANCE * eps * math.sqrt(max(1, contraction)))
+    tolerance = min(MAX_TOLERANCE, relax * TOLERANCE * eps * math.sqrt(max(1, contraction)))
     difference, reason = compare(before, args, expected, found, tolerance)
     if reason:
         return Verdict(kept=False, cause="numbers", reason=reason, difference=difference, **temps)

@@ -163,13 +163,17 @@ class AutoLayout:
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
 
-            def flat(*dynamic: Any) -> Any:
+            out_trees: list[Any] = []
+
+            def flat(*dynamic: Any) -> list[Any]:
                 full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
                 args, kwargs = jax.tree.unflatten(tree, full.values())
-                return fun(*args, **kwargs)
+                outs, out_tree = jax.tree.flatten(fun(*args, **kwargs))
+                out_trees.append(out_tree)
+                return outs
 
             arrays = [leaves[i] for i in places]
-            jaxpr, shapes = jax.make_jaxpr(flat, return_shape=True)(*arrays)
+            jaxpr = jax.make_jaxpr(flat)(*arrays)
             concrete = self._concrete(tree, places) if context == "entry" else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
@@ -182,7 +186,7 @@ class AutoLayout:
                 outs = retrace(jaxpr, outcome.plan)(*arrays)
             else:
                 outs = eval_equations(jaxpr, arrays, lambda eqn, operands: None)
-            return jax.tree.unflatten(jax.tree.structure(shapes), outs)
+            return jax.tree.unflatten(out_trees[0], outs)
 
         return body
 
@@ -211,6 +215,7 @@ class AutoLayout:
                     arrays,
                     self.options,
                     context=context,
+                    compiler_options=self._told.get("compiler_options") if context == "entry" else None,
                     pinned=self.pinned,
                     progress=progress,
                     stop=stop,

@@ -34,6 +34,11 @@ class Options:
             if problem := _problem(hint, value, _LEAST.get(name, 0.0)):
                 raise ValueError(f"{name}={value!r}: expected {problem}")
 
+    @property
+    def relax(self) -> float:
+        """What the numerics policy multiplies allowed errors by."""
+        return {"strict": 1.0, "relaxed": 100.0}[self.numerics]
+
     @classmethod
     def from_environment(cls, **given: Any) -> Self:
         """The defaults, what the environment sets, and what is given, the last winning."""

@@ -81,7 +81,7 @@ class _Interpreter:
         def read(atom: Any) -> Any:
             if not isinstance(atom, Literal):
                 return env[atom]
-            return _held(atom.val, identity(atom.aval.ndim)) if getattr(atom.aval, "ndim", 0) else atom.val
+            return _held(atom.val, identity(len(getattr(atom.aval, "shape", ()))))
 
         for i, eqn in enumerate(inner.eqns):
             operands = [read(atom) for atom in eqn.invars]

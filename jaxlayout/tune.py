@@ -24,7 +24,7 @@ from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.lock import timing_lock
-from jaxlayout.costs.measure import Compiled, Job, available_memory, compile_in, measure
+from jaxlayout.costs.measure import Compiled, CompilerOptions, Job, available_memory, compile_in, measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
@@ -41,8 +41,9 @@ from jaxlayout.threads import Workers
 
 logger = logging.getLogger("jaxlayout")
 
-MEMORY_ATTEMPTS = 8
-"""How often the solver is asked again without one more lowering that needs much memory."""
+MEMORY_PRICES = (0.5, 4.0, *[32.0] * 6)
+"""What a byte of temporary memory costs, in passes over it, each time that the plan before needed too much; at the
+highest price one more lowering is ruled out each time."""
 
 
 class TableMiss(LookupError):
@@ -124,6 +125,7 @@ def tune(
     options: Options,
     *,
     context: Context = "entry",
+    compiler_options: CompilerOptions = None,
     pinned: Plan | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -142,7 +144,7 @@ def tune(
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
-        line = _Line(jaxpr, args, options, context, progress, stop)
+        line = _Line(jaxpr, args, options, context, compiler_options, progress, stop)
         if (stored := line.stored()) is not None:
             return replace(stored, source="stored")
         outcome = replace(line.run(), seconds=time.monotonic() - start)
@@ -165,11 +167,13 @@ class _Line:
         args: Sequence[Any] | None,
         options: Options,
         context: Context,
+        compiler_options: CompilerOptions,
         progress: Progress,
         stop: threading.Event,
     ):
         self.jaxpr, self.args, self.options = jaxpr, args, options
         self.context: Context = context
+        self.compiler_options = compiler_options
         self.progress, self.stop = progress, stop
         config: Any = jax.config
         self.device = config.jax_default_device or jax.local_devices()[0]
@@ -177,9 +181,10 @@ class _Line:
         self.key: ProgramKey = program_key(jaxpr)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": options.numerics}
-        self.environment = current_environment(self.device).fingerprint
+        told = {"compiler_options": json.dumps(compiler_options, sort_keys=True) if compiler_options else ""}
+        self.environment = current_environment(self.device, told).fingerprint
         choices = {"context": context, "memory": options.memory_limit, "verdict": options.verdict}
-        self.plans = current_environment(self.device, versions | rules | choices).fingerprint
+        self.plans = current_environment(self.device, versions | rules | choices | told).fingerprint
         self.model = CostModel(
             self.table,
             self.environment if options.numerics == "strict" else self.environment + "-relaxed",
@@ -237,14 +242,17 @@ class _Line:
         complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
         outcome = untouched("tuning was interrupted")
-        for _ in range(MEMORY_ATTEMPTS):
+        for price in MEMORY_PRICES:
+            self.model.byte_ns = price / self.model.policy.bytes_per_ns
             plan, more = self.solve(graph)
             timed += more
             if self.stop.is_set():
                 return outcome
             source = "heuristic" if not complete else "nearest" if near else "measured"
             outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
-            if outcome.verdict.cause != "memory" or not self.forbid_hungriest(graph, plan):
+            if outcome.verdict.cause != "memory":
+                break
+            if price == MEMORY_PRICES[-1] and not self.forbid_hungriest(graph, plan):
                 break
         return outcome
 
@@ -268,11 +276,15 @@ class _Line:
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
         with timing_lock(notify=logger.info), process_budget.spending():
-            relax = 1.0 if self.options.numerics == "strict" else 100.0
-            memory = available_memory(self.device)
             left = [job for job in jobs if not self.model.learned(job)]  # while this waited for the lock
             done = len(jobs) - len(left)
-            for job, found in measure(left, device=self.device, memory_bytes=memory, relax=relax):
+            for job, found in measure(
+                left,
+                device=self.device,
+                memory_bytes=available_memory(self.device),
+                relax=self.options.relax,
+                compiler_options=self.compiler_options,
+            ):
                 self.model.record(job.key, found)
                 done += 1
                 self.progress.step()
@@ -291,7 +303,7 @@ class _Line:
         self.progress.stage("judging")
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
-                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), self.shapes)
+                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), *self.compiled_for)
                 try:
                     before = self.original
                 except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
@@ -307,6 +319,7 @@ class _Line:
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
+                relax=self.options.relax,
             )
         return self.untried(plan, self.not_to_be_run) if self.not_to_be_run and verdict.kept else verdict
 
@@ -334,10 +347,15 @@ class _Line:
         avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
         return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals] if self.args is None else self.args
 
+    @property
+    def compiled_for(self) -> tuple[Sequence[Any], CompilerOptions]:
+        """The arguments and options that both functions are compiled for."""
+        return self.shapes, self.compiler_options
+
     @cached_property
     def original(self) -> Compiled:
         """The original, compiled."""
-        return compile_in(self.context, self.replay, self.shapes)
+        return compile_in(self.context, self.replay, *self.compiled_for)
 
     @cached_property
     def trial_arguments(self) -> Sequence[Any]:

@@ -149,6 +149,11 @@ class Builder:
         self.steps.append(Step(text, fun, operands, names))
         return names if many else names[0]
 
+    def loose_ends(self, first: str) -> tuple[str, ...]:
+        """A value, and all that no step uses."""
+        used = {first, *self.inputs, *(name for step in self.steps for name in step.operands)}
+        return (first, *(name for name in self.values if name not in used))
+
     def shape(self, x: str) -> tuple[int, ...]:
         return self.values[x].shape
 
@@ -189,14 +194,15 @@ class Kind:
     """'always'; 'exact': it may jump at a rounding error; 'smooth': its results are not whole numbers; 'kinked': its
     derivative may jump."""
     rank: int
+    weight: int
 
 
 KINDS: list[Kind] = []
 
 
-def step(dtypes: str = "number", when: str = "always", rank: int = 1) -> Callable[[Any], Any]:
+def step(dtypes: str = "number", when: str = "always", rank: int = 1, weight: int = 2) -> Callable[[Any], Any]:
     def register(make: Any) -> Any:
-        KINDS.append(Kind(make.__name__.strip("_"), make, dtypes, when, rank))
+        KINDS.append(Kind(make.__name__.strip("_"), make, dtypes, when, rank, weight))
         return make
 
     return register
@@ -216,9 +222,7 @@ def fits(b: Builder, kind: Kind, x: str) -> bool:
 
 def apply_random_step(b: Builder, x: str) -> str:
     """The value that a drawn step makes of x, or x where it makes none."""
-    fitting = [kind for kind in KINDS if fits(b, kind, x)]
-    fitting += [kind for kind in fitting if kind.make is conv] * 3
-    kind = b.draw(st.sampled_from(fitting))
+    kind = b.draw(st.sampled_from([kind for kind in KINDS if fits(b, kind, x) for _ in range(kind.weight)]))
     made = kind.make(b, x)
     return x if made is None else made
 
@@ -281,7 +285,7 @@ def conv_params(draw: Any, shape: tuple[int, ...], exact: bool = True) -> tuple[
     }
 
 
-@step(rank=2)
+@step(rank=2, weight=8)
 def conv(b: Builder, x: str) -> str | None:
     found = b.draw(conv_params(b.shape(x))) if b.rank(x) <= 5 else None
     dtype = b.values[x].dtype
@@ -429,9 +433,7 @@ def own_jvp(b: Builder, x: str) -> str:
 def residual(b: Builder, x: str) -> str:
     """x and another value, transposed first if need be."""
     shape, dtype = b.shape(x), b.values[x].dtype
-    same = [
-        y for y, v in b.values.items() if sorted(v.shape) == sorted(shape) and v.dtype == dtype and len(shape) <= 5
-    ]
+    same = [y for y, v in b.values.items() if sorted(v.shape) == sorted(shape) and v.dtype == dtype and len(shape) <= 5]
     y = b.draw(st.sampled_from(same))
     if b.shape(y) != shape:
         left = list(range(len(shape)))
@@ -495,7 +497,7 @@ def constant(b: Builder, x: str) -> str:
     """An array that the program closes over."""
     shape, dtype = b.shape(x), b.values[x].dtype
     array = np.asarray(np.arange(math.prod(shape)).reshape(shape) % 3 - 1, dtype)
-    if dtype == bool:
+    if dtype == np.bool_:
         return b.do("xor_constant", lambda x: x ^ jnp.asarray(array), x)
     return b.tame(b.do("add_constant", lambda x: x + jnp.asarray(array), x))
 
@@ -556,12 +558,12 @@ def add_unit(b: Builder, x: str) -> str | None:
     return b.do(f"reshape{new}", lambda x: lax.reshape(x, new), x)
 
 
-@step(dtypes="any")
+@step(dtypes="any", weight=4)
 def drop_unit(b: Builder, x: str) -> str | None:
     shape = b.shape(x)
     units = [i for i, n in enumerate(shape) if n == 1]
     if not units:
-        return None
+        return add_unit(b, x)
     axes = sorted(b.draw(st.sets(st.sampled_from(units), min_size=1)))
     new = tuple(n for i, n in enumerate(shape) if i not in axes)
     if b.draw(st.booleans()):
@@ -687,13 +689,13 @@ def softmax(b: Builder, x: str) -> str:
     return b.do(f"softmax{axes}", lambda x: jax.nn.softmax(x, axes), x)
 
 
-@step(dtypes="real", when="kinked", rank=2)
+@step(dtypes="real", when="kinked", rank=2, weight=4)
 def reduce_max(b: Builder, x: str) -> str:
     axes, name = b.axes(x), b.one("max", "min")
     return b.do(f"{name}{axes}", lambda x: getattr(jnp, name)(x, axes), x)
 
 
-@step(dtypes="real", when="exact", rank=2)
+@step(dtypes="real", when="exact", rank=2, weight=4)
 def argmax(b: Builder, x: str) -> str:
     """Beside the value: which element is largest."""
     axis, name = b.axis(x), b.one("argmax", "argmin")
@@ -720,18 +722,17 @@ def cumulative_max(b: Builder, x: str) -> str:
     return b.do(f"cummax{axis}", lambda x: lax.cummax(x, axis), x)
 
 
-@step(dtypes="real", rank=2)
+@step(dtypes="real", rank=2, weight=4)
 def pool(b: Builder, x: str) -> str | None:
     shape = b.shape(x)
     window = [b.draw(st.integers(1, min(3, n))) for n in shape]
     strides = [b.draw(st.integers(1, 2)) for _ in shape]
     padding = [(b.draw(st.integers(0, k - 1)), b.draw(st.integers(0, k - 1))) for k in window]
-    kind = b.one("sum", "max", "min") if b.exact or b.kinks else "sum"
+    kinked = jnp.issubdtype(b.values[x].dtype, np.floating) and (b.exact or b.kinks)
+    kind = b.one("max", "min", "sum") if kinked else "sum"
     if kind == "sum":
         fun = lambda x: lax.reduce_window(x, x.dtype.type(0), lax.add, window, strides, padding)  # noqa: E731
     else:
-        if not jnp.issubdtype(b.values[x].dtype, np.floating):
-            return None
         infinity = math.inf if kind == "min" else -math.inf
         op = lax.min if kind == "min" else lax.max
 
@@ -826,20 +827,20 @@ def _inner(b: Builder, x: str, wrap: Callable[[Callable[..., Any]], Callable[...
     b.forward &= inner.forward
     b.convolutions = inner.convolutions
     extras = [b.add_input(spec) for key, spec in inner.inputs.items() if key != first]
-    names, steps, result = tuple(inner.inputs), tuple(inner.steps), y
+    names, steps, results = tuple(inner.inputs), tuple(inner.steps), inner.loose_ends(y)
 
     def body(*args: Any) -> Any:
         env = dict(zip(names, args, strict=True))
         for s in steps:
             out = s.fun(*(env[o] for o in s.operands))
             env.update(zip(s.results, out if isinstance(out, tuple | list) else (out,), strict=True))
-        return env[result]
+        return tuple(env[name] for name in results)
 
     text = "; ".join(f"{','.join(s.results)}={s.text}({','.join(s.operands)})" for s in steps)
     function = wrap(body)
-    out = b.do(f"{name}[{text} -> {result}]", function, x, *extras)
+    out = b.do(f"{name}[{text} -> {results}]", function, x, *extras)[0]
     if twice and b.values[out].shape == value.shape and b.values[out].dtype == value.dtype:
-        out = b.do(f"the same {name}", function, out, *extras)
+        out = b.do(f"the same {name}", function, out, *extras)[0]
     return b.tame(out)
 
 
@@ -892,13 +893,22 @@ def programs(draw: Any, *, kinks: bool = True, most: int = 7, exact: bool | None
     return Program(
         inputs=b.inputs,
         steps=tuple(b.steps),
-        outputs=(x, *others),
+        outputs=(*b.loose_ends(x), *others),
         exact=exact,
         x64=x64,
         eps=max(eps, default=0.0),
         forward=b.forward,
         hidden=b.hidden,
     )
+
+
+# Running them
+
+
+def compiled(fun: Callable[..., Any], *args: Any) -> Any:
+    """The results of the compiled function; compiled quickly rather than well."""
+    lowered = jax.jit(lambda *args: fun(*args)).lower(*args)
+    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
 # Plans for them

@@ -10,8 +10,13 @@ import copy
 import functools
 import gc
 import inspect
+import os
+import subprocess
+import sys
 import threading
+import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,6 +30,8 @@ import jaxlayout
 from jaxlayout import AutoLayout, Options, api, auto_layout
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.program import equations
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -151,8 +158,6 @@ def test_it_is_collected():
 
     big = Big()
     seen = []
-    import weakref
-
     ref = weakref.ref(big, seen.append)
     f = auto_layout(lambda x, big=big: conv(x, K))
     f(X)
@@ -389,6 +394,25 @@ def test_pytrees_in_and_out():
     same(f, {"x": [X, None], "empty": {}}, normal(4, 3), None, k=K)
 
 
+def test_trees_that_check_their_leaves():
+    """As dataclasses with assertions do: they never see anything but arrays and tracers, as under jit."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Picky:
+        def __init__(self, x):
+            assert isinstance(x, jax.Array) and x.ndim == 4
+            self.x = x
+
+        def tree_flatten(self):
+            return (self.x,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    same(lambda picky: Picky(conv(picky.x, K)), Picky(X))
+
+
 def test_keywords_in_any_order():
     def f(*, a, b, c=1.0):
         return conv(a, b) * c
@@ -506,11 +530,6 @@ def test_concrete_arguments_between_static_ones(given):
 
 
 def test_concrete_arguments_in_trees_with_static_parts(given):
-    @partial(jax.tree_util.register_dataclass, data_fields=["a", "b"], meta_fields=["n"])
-    @jax.tree_util.Partial
-    class Unused:
-        pass
-
     @jax.tree_util.register_pytree_node_class
     class Tree:
         def __init__(self, a, n, b):
@@ -740,6 +759,66 @@ def test_on_a_mesh(judged, kind):
     for out in found:
         np.testing.assert_allclose(out, conv(X, K), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(grads[0], jax.vjp(lambda x: conv(x, K), X)[1](conv(X, K))[0], rtol=1e-4, atol=1e-4)
+
+
+def test_on_many_devices():
+    script = """
+import jax, numpy as np, jax.numpy as jnp
+from functools import partial
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
+from jaxlayout import api, auto_layout, tune
+from jaxlayout.accept import Verdict
+from jaxlayout.costs.measurement import Measurement
+
+def measure(jobs, **_):
+    for job in jobs:
+        written, *others = job.alternatives
+        ns = {name: 1e3 if name.startswith("xla") else 1e4 for name in others}
+        yield job, {name: Measurement(status="ok", median_ns=ns.get(name, 1e9 if others else 1.0), spread_ns=0.0,
+                    runs=9, error=0.0, temp_bytes=0, program="") for name in (written, *others)}
+
+tune.measure = measure
+devices, real = [], api.tune
+api.tune = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
+
+def conv(x, k):
+    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+
+x = np.random.default_rng(0).standard_normal((4, 3, 6, 5)).astype("f")
+k = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype("f")
+expected = jax.jit(conv)(x, k)
+options = {"verdict": False, "memory_limit": 1000.0}
+
+def check(f, *args, on=None):
+    out = f(*args)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    assert on is None or out.sharding.is_equivalent_to(on, 4), out.sharding
+    assert f.outcome(*args).kept, f.outcome(*args).verdict.reason
+
+for kind in ("Auto", "Explicit"):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType[kind],))
+    rows, all_ = NamedSharding(mesh, P("d")), NamedSharding(mesh, P())
+    here = jax.device_put(x, rows), jax.device_put(k, all_)
+    check(auto_layout(conv, **options), *here, on=rows)
+    check(auto_layout(conv, in_shardings=(rows, all_), **options), x, k, on=rows)
+    check(auto_layout(jax.jit(conv, in_shardings=(rows, all_), out_shardings=all_), **options), x, k, on=all_)
+    with jax.set_mesh(mesh):
+        check(auto_layout(conv, **options), *here, on=rows)
+
+f = auto_layout(conv, **options)
+for on in jax.devices()[2:]:
+    devices.clear()
+    check(f, jax.device_put(x, on), k, on=jax.sharding.SingleDeviceSharding(on))
+    assert set(devices) == {on}, devices
+"""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", script],
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tuning failed" not in done.stderr, done.stderr
 
 
 # In the caller's context

@@ -20,7 +20,7 @@ from jax.experimental import io_callback
 from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from programs import Program, programs, random_layouts, random_plan
+from programs import Program, compiled, programs, random_layouts, random_plan
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
@@ -124,12 +124,6 @@ def forced(jaxpr: Any, *dims: str) -> Plan:
 def planned(program: Program, seed: int) -> tuple[Any, Plan]:
     jaxpr = program.jaxpr()
     return jaxpr, random_plan(build_graph(jaxpr, random_layouts(seed)), seed)
-
-
-def compiled(fun: Callable[..., Any], *args: Any) -> Any:
-    """The results of the compiled function; compiled quickly rather than well."""
-    lowered = jax.jit(lambda *args: fun(*args)).lower(*args)
-    return lowered.compile(compiler_options={"xla_backend_optimization_level": 0})(*args)
 
 
 def assert_same(program: Program, found: Sequence[Any], wanted: Sequence[Any], *, exactly: bool | None = None) -> None:
@@ -250,7 +244,6 @@ def test_random_plans_leave_derivatives_and_batches(program, seed, transformed):
         assume(not plan.trivial and inexact(args) and inexact(jaxpr.out_avals))
         found, wanted = (transformed(fun, program, args, seed) for fun in (retrace(jaxpr, plan), program))
         assert_same(program, found, wanted, exactly=False)
-
 
 
 # Structure
@@ -517,7 +510,7 @@ def retraced_twice(jaxpr: Any, ways: Any, site_ns: Any, conversion_ns: Any) -> t
 def test_twice_is_once_for_a_chain(seed):
     jaxpr = trace(net, *NET_ARGS)
     ways = offering(FIRST, LAST, "HWNC,HWIO->HWNC", "NHWC,HWIO->NCHW")
-    plan, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
+    _, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
     assert again.trivial
     assert text(retraced(new, again)) == text(new)
 
@@ -528,7 +521,7 @@ def test_twice_is_once(program, seed):
     with program.config():
         jaxpr, ways = program.jaxpr(), random_layouts(seed)
         plan, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
-        # Where a rule leaves an axis a free place it depends on the order written, so now and then a better plan is in sight.
+        # Where a rule is free to place an axis it goes by the order written: now and then a better plan comes in sight.
         assert again.trivial or again.predicted_ns < plan.predicted_ns - 1e-6
         if again.trivial:
             assert text(retraced(new, again)) == text(new)
@@ -610,9 +603,7 @@ def test_symbolic_zeros_are_a_barrier():
     jaxpr = trace(program, *args)
     assert [node.name for node in build_graph(jaxpr, offering(LAST)).barriers] == ["custom_vjp_call"]
     plan = forced(jaxpr, LAST)
-    found, wanted = (
-        jax.jit(jax.grad(lambda x, k, f=f: f(x, k).sum()))(*args) for f in (single(jaxpr, plan), program)
-    )
+    found, wanted = (jax.jit(jax.grad(lambda x, k, f=f: f(x, k).sum()))(*args) for f in (single(jaxpr, plan), program))
     np.testing.assert_array_equal(found, wanted)
 
 
@@ -700,7 +691,9 @@ def test_scopes_and_lines_survive():
     assert "test_retrace.py" in line and scope == "stem"
     lowered = jax.jit(retrace(jaxpr, forced(jaxpr, LAST))).lower(*args)
     located = lowered.as_text(debug_info=True)
-    assert all(scope in located for scope in ("/stem/conv_general_dilated", "/body/deep/", "inside/conv_general_dilated"))
+    assert all(
+        scope in located for scope in ("/stem/conv_general_dilated", "/body/deep/", "inside/conv_general_dilated")
+    )
     assert "stem/" in lowered.compile().as_text()
 
 

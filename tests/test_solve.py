@@ -53,8 +53,9 @@ def milp_minimum(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: Conversio
     """The least cost, as an integer program.
 
     x[node, mode] is 1 for the mode of a node, and the modes of a node sum to 1. For each use of a value (a consumer's
-    operand), w[home, order] is a joint distribution of the order that the value is produced in and the order that it is used
-    in, with both as its marginals. y[value, home, order], at least each w of that value, pays for one conversion.
+    operand), w[home, order] is a joint distribution of the order that the value is produced in and of the order that
+    it is used in, with both as its marginals. y[value, home, order], at least each w of that value, pays for one
+    conversion.
     """
     costs: list[float] = []
     binary: list[bool] = []

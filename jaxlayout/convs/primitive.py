@@ -59,7 +59,8 @@ def _rebind(jaxpr: Any, lowering: str, args: Sequence[Any]) -> list[Any]:
     def bind(eqn: Any, operands: Sequence[Any]) -> Any:
         if eqn.primitive is not conv_general_dilated_p:
             return None
-        conv = ConvSignature.of(*operands, eqn.params)
+        lhs, rhs = operands
+        conv = ConvSignature.of(lhs, rhs, eqn.params)
         return [tuned_conv(*operands, lowering=inherited(lowering, conv, eqn.params), **eqn.params)]
 
     return eval_equations(jaxpr, args, bind)

@@ -48,6 +48,10 @@ MIN_SAMPLE_NS = 200_000
 """A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
 
 
+CompilerOptions = dict[str, Any] | None
+"""As `jax.jit` takes them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """Alternatives to be timed against each other: functions of the same arrays, in orders of their own."""
@@ -232,7 +236,12 @@ CHUNK = 6
 
 
 def measure(
-    jobs: Sequence[Job], *, device: Any, memory_bytes: int | None = None, relax: float = 1.0
+    jobs: Sequence[Job],
+    *,
+    device: Any,
+    memory_bytes: int | None = None,
+    relax: float = 1.0,
+    compiler_options: CompilerOptions = None,
 ) -> Iterator[tuple[Job, dict[str, Measurement]]]:
     """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
 
@@ -243,14 +252,16 @@ def measure(
     with Workers(2) as pool:
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
-            compiled = [_compile_all(job, device, pool) for job in chunk]
+            compiled = [_compile_all(job, device, pool, compiler_options) for job in chunk]
             for futures, _ in compiled:
                 wait(futures.values())
             for job, (futures, error_of) in zip(chunk, compiled, strict=True):
                 yield job, _measured(job, futures, error_of, memory_bytes, relax)
 
 
-def _compile_all(job: Job, device: Any, pool: Executor) -> tuple[dict[str, Future[_Trial]], Any]:
+def _compile_all(
+    job: Job, device: Any, pool: Executor, compiler_options: CompilerOptions
+) -> tuple[dict[str, Future[_Trial]], Any]:
     """Start compiling a job's alternatives on inputs drawn for it; equal arrays are put on the device once."""
     arrays, error_of = job.inputs()
     on_device: dict[tuple[Any, ...], Any] = {}
@@ -264,7 +275,10 @@ def _compile_all(job: Job, device: Any, pool: Executor) -> tuple[dict[str, Futur
     def args(name: str) -> tuple[Any, ...]:
         return tuple(put(i, array) for i, array in enumerate(arrays(name)))
 
-    futures = {name: pool.submit(_compile, f, args(name), job.context) for name, f in job.alternatives.items()}
+    futures = {
+        name: pool.submit(_compile, f, args(name), job.context, compiler_options)
+        for name, f in job.alternatives.items()
+    }
     return futures, error_of
 
 
@@ -337,22 +351,26 @@ class Compiled:
         return self.program(*self.first, *args)
 
 
-def compile_in(context: Context, function: Callable[..., Any], args: Sequence[Any]) -> Compiled:
+def compile_in(
+    context: Context, function: Callable[..., Any], args: Sequence[Any], compiler_options: CompilerOptions = None
+) -> Compiled:
     """Compile a function of arrays for a context. The nested one is a branch that is always taken, which the
     compiler cannot know."""
     if context == "entry":
-        return Compiled(jax.jit(function, keep_unused=True).lower(*args).compile())
+        return Compiled(jax.jit(function, keep_unused=True).lower(*args).compile(compiler_options))
 
     def branch(flag: Any, *args: Any) -> Any:
         shapes = jax.eval_shape(function, *args)
         return lax.cond(flag, function, lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), *args)
 
     flag = jnp.array(True)
-    return Compiled(jax.jit(branch, keep_unused=True).lower(flag, *args).compile(), (flag,))
+    return Compiled(jax.jit(branch, keep_unused=True).lower(flag, *args).compile(compiler_options), (flag,))
 
 
-def _compile(function: Callable[..., Any], args: Sequence[Any], context: Context) -> _Trial:
-    compiled = compile_in(context, function, args)
+def _compile(
+    function: Callable[..., Any], args: Sequence[Any], context: Context, compiler_options: CompilerOptions
+) -> _Trial:
+    compiled = compile_in(context, function, args, compiler_options)
     memory = compiled.program.memory_analysis()
     return _Trial(
         run=lambda: compiled(*args),

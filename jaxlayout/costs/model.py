@@ -41,6 +41,9 @@ class CostModel:
     context: Context = "entry"
     forbidden: set[tuple[str, str]] = field(default_factory=set)
     """Lowerings (signature key, name) ruled out for this program, because of their memory say."""
+    byte_ns: float = 0.0
+    """Charged for each byte of temporary memory and of converted copies: they take room, and a copy is in the way of
+    what would have fused."""
     _known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
     def known(self, key: str) -> dict[str, Measurement]:
@@ -84,7 +87,8 @@ class CostModel:
         cost = self.site_ns(node.conv, mode.candidate)
         if mode != node.modes[0]:
             found = self.measurement(node.conv, mode.candidate)
-            return cost + ((found and found.spread_ns) or 0.0)
+            spread, temp = (found.spread_ns, found.temp_bytes) if found is not None else (0.0, 0)
+            return cost + (spread or 0.0) + self.byte_ns * (temp or 0)
         return cost if np.isfinite(cost) else 1000 * self.prior_ns(node.conv, mode.candidate)
 
     def work_ns(self, work: Work, mode: Mode) -> float:
@@ -104,9 +108,10 @@ class CostModel:
         """The cost of one transpose of a value of logical `shape`; where it is not measured, less than it can
         be, so that a plan whose own conversions are all measured is the best one whatever the others cost."""
         _, _, found = self._transpose(shape, dtype, held, wanted)
+        nbytes = math.prod(shape) * getattr(dtype, "itemsize", 8)
         if found is not None and found.median_ns is not None:
-            return found.median_ns + (found.spread_ns or 0.0)
-        return self.policy.conversion_ns(math.prod(shape) * getattr(dtype, "itemsize", 8))
+            return found.median_ns + (found.spread_ns or 0.0) + self.byte_ns * nbytes
+        return self.policy.conversion_ns(nbytes) + self.byte_ns * nbytes
 
     def _transpose(
         self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order

@@ -121,6 +121,10 @@ class ConvDimensionNumbers:
     rhs: KernelLayout
     out: ConvLayout
 
+    def __post_init__(self) -> None:
+        if not len(self.lhs.axes) == len(self.rhs.axes) == len(self.out.axes):
+            raise ValueError(f"{self}: the three layouts must have the same number of spatial axes")
+
     def __str__(self) -> str:
         return f"{self.lhs},{self.rhs}->{self.out}"
 
