@@ -239,4 +239,4 @@ def _array(leaf: Any, aval: Any) -> Any:
 def _device(args: Sequence[Any]) -> Any:
     """The device that a call with these arguments runs on, where they say so."""
     committed = [x for x in args if isinstance(x, jax.Array) and x.committed]
-    return min(committed[0].devices(), key=lambda device: device.id) if committed else None
+    return min(committed[0].sharding.addressable_devices, key=lambda d: d.id) if committed else None

@@ -187,6 +187,7 @@ def labelled(*operands: str, to: str = "", **options: Any) -> Labelling:
         (labelled("b", to="abcd"), 1, (0, 2, 3, 1), ((0,), (0, 2, 3, 1))),
         (labelled("abcd", to="ad"), 0, (0, 3, 1, 2), ((0, 3, 1, 2), (0, 1))),
         (labelled("abcd", to="ad"), 1, (1, 0), ((3, 0, 1, 2), (1, 0))),  # what is summed goes behind what it follows
+        (labelled("abcd", to="abc"), 1, (0, 2, 1), ((0, 2, 3, 1), (0, 2, 1))),  # directly behind it
         (labelled("ab.c", to="abc"), 0, (2, 3, 0, 1), ((2, 3, 0, 1), (2, 0, 1))),
         (labelled("ab.c", to="abc"), 1, (2, 0, 1), ((3, 0, 1, 2), (2, 0, 1))),
         (labelled("abcd", to="a(bc)d"), 0, (3, 0, 1, 2), ((3, 0, 1, 2), (2, 0, 1))),  # merged, and still neighbours
@@ -194,6 +195,7 @@ def labelled(*operands: str, to: str = "", **options: Any) -> Labelling:
         (labelled("abcd", to="a(bc)d"), 0, (0, 2, 1, 3), None),
         (labelled("a(bc)", to="abc"), 0, (1, 0), ((1, 0), (1, 2, 0))),
         (labelled("a(bc)", to="abc"), 1, (2, 0, 1), None),
+        (labelled("abcd", "de", to="abce"), 0, (2, 1, 0, 3), ((2, 1, 0, 3), (0, 1), (2, 1, 0, 3))),
         (labelled("ak", "kb", to="ab"), 0, (1, 0), ((1, 0), (0, 1), (0, 1))),  # and the matrix stays as it is
         (labelled("abcd", to="abcd", ordered="cd"), 0, (0, 2, 3, 1), ((0, 2, 3, 1), (0, 2, 3, 1))),
         (labelled("abcd", to="abcd", ordered="cd"), 0, (0, 3, 1, 2), None),
@@ -212,6 +214,14 @@ def test_blocks_are_not_mixed():
     assert follow(product, 2, (1, 0, 3, 2)) == Orders(((1, 0), (1, 0)), ((1, 0, 3, 2),))
     assert follow(product, 2, (2, 3, 0, 1)) is None
     assert follow(product, 1, (1, 0)) == Orders(((0, 1), (1, 0)), ((0, 1, 3, 2),))
+
+
+def test_an_order_that_an_equation_has_a_mode_for_makes_no_other():
+    """That of a sum says nothing of where the axis stood that was summed over: no order of the operand comes of it."""
+    args = [np.zeros(shape, np.float32) for shape in ((2, 2, 4, 5), (6, 2, 1, 1))]
+    for fun in (lambda x: jnp.sum(x, 2), lambda x: jnp.sum(x, 1), lambda x: jax.nn.relu(jnp.sum(x, 2))):
+        graph = graph_in("WHNC", jax.make_jaxpr(after_convolution(fun))(*args))
+        assert all(len(node.modes) <= 2 for node in graph.nodes)
 
 
 def test_same_axes_for_scalars_and_arrays():

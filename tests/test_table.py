@@ -583,9 +583,11 @@ def test_a_path_that_is_a_folder(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="needs POSIX permissions")
-def test_read_only_folder_and_file():
+def test_read_only_folder_and_file(monkeypatch):
     """A sound table and a damaged one where nothing can be written, read by a user who is not root."""
-    folder = Path(tempfile.mkdtemp())  # not tmp_path, which other users cannot enter
+    monkeypatch.delenv("TMPDIR")  # nor in tmp_path, which other users cannot enter
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    folder = Path(tempfile.mkdtemp())
     try:
         those = filled(folder / "table.sqlite", 30)
         (folder / "damaged.sqlite").write_bytes((folder / "table.sqlite").read_bytes()[:12288])

@@ -288,8 +288,9 @@ class _Builder:
         while news:
             value, order = news.popleft()
             for draft, slot in touching[value]:
-                mode = draft.extend(slot, order) if draft.extend is not None else None
-                if mode is not None and mode not in draft.modes and offer(draft.node, mode):
+                if draft.extend is None or any((*m.operands, *m.results)[slot] == order for m in draft.modes):
+                    continue  # it has a mode for that
+                if (mode := draft.extend(slot, order)) is not None and offer(draft.node, mode):
                     draft.modes[mode] = None
         nodes = (replace(draft.node, modes=tuple(draft.modes)) for draft in self.drafts)
         return LayoutGraph(tuple(self.values), tuple(nodes))

@@ -120,8 +120,8 @@ def same_axes(eqn: Any) -> Labelling:
 def follow(labelling: Labelling, slot: int, order: Order) -> Orders | None:
     """The orders of all operands and results when one of them (slot: operands first, then results) has `order`.
 
-    A label that it does not have goes behind all that stand before it where it occurs. None where the order cannot
-    pass: merged axes torn apart, ordered ones swapped, blocks mixed.
+    A label that it does not have goes behind those that stand directly before it where it occurs. None where the order
+    cannot pass: merged axes torn apart, ordered ones swapped, blocks mixed.
     """
     values = (*labelling.operands, *labelling.results)
     every = [[label for axis in axes for label in axis] for axes in (*labelling.results, *labelling.operands)]
@@ -130,7 +130,7 @@ def follow(labelling: Labelling, slot: int, order: Order) -> Orders | None:
     for labels in every:
         for label in labels:
             if label not in sequence:
-                ahead = {x for others in every if label in others for x in others[: others.index(label)]}
+                ahead = {before for others in every for before, x in pairwise(others) if x == label}
                 sequence.insert(1 + max((i for i, x in enumerate(sequence) if x in ahead), default=-1), label)
     place = {label: i for i, label in enumerate(sequence)}
     if any(place[b] != place[a] + 1 for axes in values for axis in axes for a, b in pairwise(axis)):
