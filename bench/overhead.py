@@ -1,8 +1,11 @@
-"""What `auto_layout` costs beside `jax.jit` where there is nothing to gain: warm calls, and the import.
+"""What `auto_layout` costs beside `jax.jit`: warm calls, the import, a start with the plan stored, and planning.
 
     python -m bench.overhead
 
-Calls in turn, in blocks, in one process; the figure is the median of the differences between neighbouring blocks.
+Warm calls: in turn, in blocks, in one process; the figure is the median of the differences between neighbouring blocks.
+Start: fresh processes, in turn; tracing and lowering ResNet-50 (with importing jaxlayout, reading the plan, retracing),
+that is all until the first result but XLA's compilation. Planning: graph and solution of a chain of convolutions with
+residuals, everything measured before.
 """
 
 from __future__ import annotations
@@ -17,15 +20,35 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from bench.models import MODELS
+from bench.networks import restricted_plan
 from jaxlayout import auto_layout
+from jaxlayout.convs.candidates import candidates
+from jaxlayout.graph.build import build_graph
 
 BLOCKS, CALLS = 400, 200
+STARTS = 5
+START = """
+import sys, time, jax
+from bench.models import MODELS
+model = MODELS[sys.argv[1]]
+f, *args = model.build(model.batch, model.size, jax.random.key(0))
+jax.block_until_ready(args)
+start = time.perf_counter()
+if sys.argv[2] == "auto_layout":
+    from jaxlayout import auto_layout
+    auto_layout(f, on_miss="error").lower(*args)
+else:
+    jax.jit(f).lower(*args)
+print(time.perf_counter() - start)
+"""
 
 
 def main() -> None:
     """Print a table."""
-    os.environ["JAXLAYOUT_TABLE"] = os.path.join(tempfile.mkdtemp(), "table.sqlite")
+    table = os.environ["JAXLAYOUT_TABLE"] = os.path.join(tempfile.mkdtemp(), "table.sqlite")
     print(f"jax {jax.__version__}, Python {sys.version.split()[0]}, {jax.devices()[0].device_kind}")
     print(f"{'warm call':<34}{'jax.jit us':>12}{'auto_layout us':>16}{'difference us':>15}")
     x = jnp.ones(4)
@@ -42,6 +65,11 @@ def main() -> None:
             first, second, difference = compared(plain, tuned, args, named)
             print(f"{name + how:<34}{first:>12.2f}{second:>16.2f}{difference:>+15.2f}")
     print(f"import jaxlayout beyond import jax: {import_seconds() * 1e3:.0f} ms")
+    plain, tuned = start_seconds("resnet50")
+    print(f"start of ResNet-50, its plan stored: {plain:.2f} s with jit, {tuned:.2f} s with auto_layout")
+    for depth in (100, 200, 400, 800):
+        build, whole = planning_seconds(depth, table)
+        print(f"planning a chain of {depth} convolutions: {whole:.2f} s, of which tracing and graph {build:.2f} s")
 
 
 def tiny(x: jax.Array) -> jax.Array:
@@ -68,6 +96,43 @@ def compared(first: Any, second: Any, args: tuple[Any, ...], named: dict[str, An
         statistics.median(b for _, b in pairs),
         statistics.median(b - a for a, b in pairs),
     )
+
+
+def chain(depth: int) -> Any:
+    """A jaxpr of NCHW convolutions, a residual around every second one."""
+
+    def f(x: jax.Array, w: jax.Array) -> jax.Array:
+        for _ in range(depth // 2):
+            y = jax.nn.relu(lax.conv_general_dilated(x, w, (1, 1), "SAME"))
+            x = x + lax.conv_general_dilated(y, w, (1, 1), "SAME")
+        return x
+
+    return jax.make_jaxpr(f)(jnp.ones((1, 16, 16, 16)), jnp.ones((16, 16, 3, 3)))
+
+
+def planning_seconds(depth: int, table: str) -> tuple[float, float]:
+    """Tracing and the graph; these and the solution. The second time, when nothing is left to be measured."""
+    restricted_plan(chain(depth), table, lambda candidate, written: True)
+    start = time.perf_counter()
+    jaxpr = chain(depth)
+    build_graph(jaxpr, candidates)
+    build = time.perf_counter() - start
+    restricted_plan(jaxpr, table, lambda candidate, written: True)
+    return build, time.perf_counter() - start - build
+
+
+def start_seconds(name: str) -> tuple[float, float]:
+    """Medians of fresh processes with jit and with auto_layout, the plan having been made in this one."""
+    model = MODELS[name]
+    f, *args = model.build(model.batch, model.size, jax.random.key(0))
+    auto_layout(f).lower(*args)
+
+    def run(how: str) -> float:
+        command = [sys.executable, "-c", START, name, how]
+        return float(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    runs = [(run("jit"), run("auto_layout")) for _ in range(STARTS)]
+    return statistics.median(a for a, _ in runs), statistics.median(b for _, b in runs)
 
 
 def import_seconds() -> float:

@@ -229,7 +229,7 @@ class _Line:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            ways = candidates(conv, written)
+            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
             return [way for way in ways if way == written or way in wanted] if near else ways
 
         return build_graph(self.jaxpr, enumerate_candidates, self.context)

@@ -26,7 +26,7 @@ class Candidate:
         return cls(lowering, ConvDimensionNumbers.parse(dims))
 
 
-def candidates(conv: ConvSignature, written: Candidate) -> tuple[Candidate, ...]:
+def candidates(conv: ConvSignature, written: Candidate, *, relaxed: bool = False) -> tuple[Candidate, ...]:
     """All that is worth timing for a convolution that stands in the program as `written`, which comes first.
 
     The orders are those that each lowering calls native. That prunes the full product (24 x 24 x 24 for two
@@ -36,11 +36,14 @@ def candidates(conv: ConvSignature, written: Candidate) -> tuple[Candidate, ...]
     """
     found = {written: None}
     for lowering in lowerings().values():
+        if lowering.relaxed and not relaxed:
+            continue
         kernels: dict[tuple[ConvLayout, ConvLayout], list[KernelLayout]] = {}
         for dims in lowering.orders(conv):
             kernels.setdefault((dims.lhs, dims.out), []).append(dims.rhs)
         for (lhs, out), offered in kernels.items():
             asked = written.dims.rhs
             for rhs in [asked] if lowering.any_kernel else [r for r in offered if r in (offered[0], asked)]:
-                found[Candidate(lowering.name, ConvDimensionNumbers(lhs, rhs, out))] = None
+                dims = ConvDimensionNumbers(lhs, rhs, out)
+                found |= dict.fromkeys(Candidate(name, dims) for name in lowering.names(conv, dims))
     return tuple(found)

@@ -1,20 +1,30 @@
-"""`Lowering`: a way to express a convolution; and the open registry of them.
+"""`Lowering`: a way to express a convolution; `Composite`, one built on smaller convolutions; and their registry.
 
 A lowering is a small pure function in two pieces, so that what depends on the kernel alone can be done
 once: `out = apply(conv, dims, lhs, prepare(conv, dims, rhs))`, `lhs`, `rhs` and `out` in the layouts `dims`.
+A composite goes by its own name and that of the lowering of its smaller convolutions: `phases/dot`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import jax
+from jax import lax
 
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
+
+Convolve = Callable[[ConvSignature, ConvDimensionNumbers, jax.Array, jax.Array], jax.Array]
+"""Computes one of the smaller convolutions of a composite."""
+
+MAX_DEPTH = 3
+"""The longest chain of lowerings in one another: volumes by phases by planes by dots."""
 
 
 class Lowering(ABC):
@@ -24,6 +34,9 @@ class Lowering(ABC):
     version: ClassVar[int] = 1
     any_kernel: ClassVar[bool] = False
     """Whether `prepare` takes the kernel in any order, at no cost that matters: then it stays as it is written."""
+    relaxed: ClassVar[bool] = False
+    """Whether it may be less accurate than XLA's own convolution, or spread a NaN farther: offered only under
+    `numerics='relaxed'`."""
 
     @abstractmethod
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
@@ -44,14 +57,76 @@ class Lowering(ABC):
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
         """out, in the layout `dims.out` and of dtype `conv.out_dtype`."""
 
+    def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
+        """The lowerings that it makes of itself in these layouts: one, or none where it is not native."""
+        return (self.name,) if depth and self.native(conv, dims) else ()
+
+
+class Composite(Lowering):
+    """A convolution as several smaller ones, or as one in fewer axes.
+
+    Each of them goes through the lowering named `inner` where that is native, through XLA's own elsewhere. Every inner
+    lowering that is native for one of them makes a candidate of its own.
+    """
+
+    inner = "xla"
+
+    @abstractmethod
+    def compose(
+        self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve
+    ) -> jax.Array:
+        """out, by calling `convolve(part, dims, lhs, rhs)` for each part, its signature made by `replace`."""
+
+    def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
+        def convolve(part: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+            name = self.inner if lowering_named(self.inner).native(part, dims) else "xla"
+            return evaluate(name, part, dims, lhs, rhs)
+
+        return self.compose(conv, dims, lhs, prepared, convolve)
+
+    def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        return super().native(conv, dims) and (self.inner == "xla" or self.inner in self.inners(conv, dims))
+
+    def inners(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
+        """The lowerings worth having inside."""
+        names = {"xla": None}
+        for part, order in _parts(self, conv, dims):
+            for way in _registry.values():
+                names |= dict.fromkeys(way.names(part, order, depth - 1))
+        return tuple(names)
+
+    def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
+        if depth == 0 or not Lowering.native(self, conv, dims):
+            return ()
+        return tuple(f"{self.name}/{inner}" for inner in self.inners(conv, dims, depth))
+
+
+@lru_cache(maxsize=4096)
+def _parts(
+    composite: Composite, conv: ConvSignature, dims: ConvDimensionNumbers
+) -> tuple[tuple[ConvSignature, ConvDimensionNumbers], ...]:
+    """The convolutions that a composite calls for."""
+    parts: dict[tuple[ConvSignature, ConvDimensionNumbers], None] = {}
+
+    def convolve(part: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        parts[part, dims] = None
+        return lax.full(part.out_shape(dims.out), 0, part.out_dtype)
+
+    lhs = jax.ShapeDtypeStruct(conv.lhs_shape(dims.lhs), conv.lhs_dtype)
+    rhs = jax.ShapeDtypeStruct(conv.rhs_shape(dims.rhs), conv.rhs_dtype)
+    jax.eval_shape(lambda lhs, rhs: composite.compose(conv, dims, lhs, rhs, convolve), lhs, rhs)
+    return tuple(parts)
+
 
 _registry: dict[str, Lowering] = {}
 
 
 def register_lowering(lowering: Lowering) -> Lowering:
-    """Offer a lowering to every later tuning. A name is taken once."""
+    """Offer a lowering to every later tuning. A name is taken once, and is an identifier."""
     if lowering.name in _registry:
         raise ValueError(f"a lowering named {lowering.name!r} is registered already")
+    if not lowering.name.isidentifier():
+        raise ValueError(f"a lowering's name is an identifier, not {lowering.name!r}")
     _registry[lowering.name] = lowering
     return lowering
 
@@ -67,11 +142,31 @@ def registered(lowering: Lowering) -> Iterator[Lowering]:
 
 
 def lowerings() -> dict[str, Lowering]:
-    """All registered lowerings by name."""
+    """All registered lowerings by name; composites with XLA's own convolution inside."""
     return dict(_registry)
+
+
+def lowering_named(name: str) -> Lowering:
+    """The lowering that a candidate names, `outer/inner` for a composite."""
+    outer, _, inner = name.partition("/")
+    if outer not in _registry:
+        raise LookupError(f"no lowering named {outer!r} is registered, only {', '.join(_registry)}")
+    found = _registry[outer]
+    if not inner:
+        return found
+    if not isinstance(found, Composite):
+        raise LookupError(f"{outer!r} in {name!r} is not a composite lowering")
+    found = copy(found)
+    found.inner = inner
+    return found
+
+
+def versioned(name: str) -> str:
+    """The name of a lowering with the versions of all that it is made of."""
+    return "/".join(f"{part}@{lowering_named(part).version}" for part in name.split("/"))
 
 
 def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The convolution through one lowering."""
-    lowering = _registry[name]
-    return lowering.apply(conv, dims, lhs, lowering.prepare(conv, dims, rhs))
+    found = lowering_named(name)
+    return found.apply(conv, dims, lhs, found.prepare(conv, dims, rhs))

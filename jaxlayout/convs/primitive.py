@@ -18,7 +18,7 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxlayout._compat import eval_equations
-from jaxlayout.convs.lowering import evaluate, lowerings
+from jaxlayout.convs.lowering import evaluate, lowering_named
 from jaxlayout.convs.signature import ConvSignature, written_order
 
 tuned_conv_p = Primitive("tuned_conv")
@@ -44,8 +44,7 @@ def tuned_conv(lhs: jax.Array, rhs: jax.Array, *, lowering: str, **params: Any) 
 def inherited(name: str, conv: ConvSignature, params: dict[str, Any]) -> str:
     """The lowering for a convolution derived from one computed by `name`: the same where it is native in
     the order the derived one has, else XLA's own."""
-    lowering = lowerings().get(name)
-    return name if lowering and lowering.native(conv, written_order(params)) else "xla"
+    return name if lowering_named(name).native(conv, written_order(params)) else "xla"
 
 
 def _choose(lhs: jax.Array, rhs: jax.Array, *, lowering: str, **params: Any) -> jax.Array:

@@ -23,7 +23,7 @@ import numpy as np
 from jax import lax
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, lowerings
+from jaxlayout.convs.lowering import evaluate, versioned
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
@@ -69,7 +69,7 @@ class Job:
 
 def candidate_id(candidate: Candidate) -> str:
     """The key of a candidate in the table: with its lowering's version, so that a changed one is timed anew."""
-    return f"{candidate.lowering}@{lowerings()[candidate.lowering].version}:{candidate.dims}"
+    return f"{versioned(candidate.lowering)}:{candidate.dims}"
 
 
 def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
