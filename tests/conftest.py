@@ -12,7 +12,6 @@ from jaxlayout import tune
 from jaxlayout.accept import Verdict
 from jaxlayout.costs.measurement import Measurement
 
-
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

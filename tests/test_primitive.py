@@ -335,5 +335,5 @@ def test_a_lowering_is_not_differentiated_and_stays_where_it_is_native():
         assert chosen(lambda x, k: jax.jvp(tricky, (x, k), (x, k)), x, k) == ["trick"] * 3
         assert chosen(jax.vmap(tricky, in_axes=(0, None)), jnp.stack([x, x]), k) == ["trick"]  # a larger batch
         assert chosen(lambda x, k: jax.vjp(tricky, x, k)[1](tricky(x, k)), x, k)[2:] == ["xla", "xla"]
-    with pytest.raises(LookupError, match="no lowering named .trick. is registered"):
+    with pytest.raises(LookupError, match=r"no lowering named .trick. is registered"):
         jax.jit(tricky).lower(x + 1, k)
