@@ -11,8 +11,9 @@ def reference(conv: ConvSignature, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarr
     """out (N, *spatial, C) of lhs (N, *spatial, C) and rhs (*kernel, I, O).
 
     In float64 or complex128 whatever the operands are; integers in int64, without rounding (cast to the dtype of out
-    they wrap as XLA's do). One matrix product per tap, batched over groups, written from the definition (XLA
-    operation semantics, ConvWithGeneralPadding) and sharing nothing with the lowerings.
+    they wrap as XLA's do). One matrix product per tap, or per position of out where these are fewer, batched over
+    groups, written from the definition (XLA operation semantics, ConvWithGeneralPadding) and sharing nothing with the
+    lowerings.
     """
     lhs, rhs = _widened(lhs), _widened(rhs)
     rank, groups, batch_groups = conv.rank, conv.feature_groups, conv.batch_groups
@@ -29,13 +30,20 @@ def reference(conv: ConvSignature, lhs: np.ndarray, rhs: np.ndarray) -> np.ndarr
     if not (out.size and rhs.size and lhs.size):
         return np.zeros((batch, *space, conv.out_features), dtype)
     base = _padded(conv, lhs)
-    for tap in product(*map(range, conv.kernel)):
-        steps = zip(tap, conv.rhs_dilation, conv.strides, space, strict=True)
-        window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, s, o in steps)
-        view = base[:, :, *window]  # group, batch, *spatial, I
-        weights = rhs[tap].reshape(groups, *[1] * rank, conv.kernel_features, -1)
-        with np.errstate(all="ignore"):  # an Inf or NaN in the operands is an answer too
-            out += view * weights.squeeze(-2)[:, None] if conv.kernel_features == 1 else view @ weights
+    with np.errstate(all="ignore"):  # an Inf or NaN in the operands is an answer too
+        if conv.is_kernel_gradient:  # the same sum, by positions of out, which are fewer than the taps
+            weights = np.moveaxis(rhs, rank, 0).reshape(groups, -1, rhs.shape[-1])
+            for at in product(*map(range, space)):
+                steps = zip(at, conv.strides, conv.rhs_dilation, conv.kernel, strict=True)
+                window = tuple(slice(o * s, o * s + (k - 1) * d + 1, d) for o, s, d, k in steps)
+                out[:, :, *at] = base[:, :, *window].reshape(groups, batch, -1) @ weights
+        else:
+            for tap in product(*map(range, conv.kernel)):
+                steps = zip(tap, conv.rhs_dilation, conv.strides, space, strict=True)
+                window = tuple(slice(t * d, t * d + (o - 1) * s + 1, s) for t, d, s, o in steps)
+                view = base[:, :, *window]  # group, batch, *spatial, I
+                weights = rhs[tap].reshape(groups, *[1] * rank, conv.kernel_features, -1)
+                out += view * weights.squeeze(-2)[:, None] if conv.kernel_features == 1 else view @ weights
     return np.moveaxis(out, 0, -2).reshape(batch, *space, conv.out_features)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
@@ -130,6 +131,18 @@ class ConvSignature:
             and not any(lo or hi for lo, hi in self.padding)
             and all(d == 1 for d in self.lhs_dilation)
         )
+
+    @property
+    def is_kernel_gradient(self) -> bool:
+        """Fewer positions of out than taps, as where autodiff computes a kernel's gradient with the cotangent in the
+        kernel's place."""
+        return math.prod(self.out_spatial) < math.prod(self.kernel)
+
+    @property
+    def accumulator(self) -> np.dtype:
+        """The dtype that products are summed in: that of out, float32 for half precision."""
+        half = jnp.issubdtype(self.out_dtype, np.floating) and self.out_dtype.itemsize < 4
+        return np.dtype(np.float32) if half else self.out_dtype
 
     @property
     def contraction(self) -> int:

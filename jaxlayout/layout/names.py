@@ -129,6 +129,25 @@ class ConvDimensionNumbers:
         return f"{self.lhs},{self.rhs}->{self.out}"
 
     @classmethod
+    def channels_last(cls, spatial: int) -> ConvDimensionNumbers:
+        """NHWC,HWIO->NHWC: XLA's canonical form on CPU."""
+        images = ConvLayout.channels_last(spatial)
+        return cls(images, KernelLayout.io_last(spatial), images)
+
+    @classmethod
+    def channels_first(cls, spatial: int) -> ConvDimensionNumbers:
+        """NCHW,OIHW->NCHW."""
+        images = ConvLayout.channels_first(spatial)
+        return cls(images, KernelLayout.oi_first(spatial), images)
+
+    @classmethod
+    def kernel_gradient(cls, spatial: int) -> ConvDimensionNumbers:
+        """CHWN,IHWO->HWNC: what `jax.grad` writes for the kernel of a channels-last convolution. The input is lhs, its
+        features the batch; the cotangent is rhs, the images are what is summed over; out is the kernel."""
+        names = spatial_names(spatial)
+        return cls(ConvLayout(f"C{names}N"), KernelLayout(f"I{names}O"), ConvLayout(f"{names}NC"))
+
+    @classmethod
     def parse(cls, text: str) -> ConvDimensionNumbers:
         """From 'NHWC,HWIO->NHWC'."""
         try:

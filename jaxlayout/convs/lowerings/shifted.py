@@ -53,7 +53,7 @@ class Shifted(Lowering):
         rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in dims.rhs.spatial + "IO"])
         ones, groups = [1] * conv.rank, conv.feature_groups
         taps = (math.prod(conv.kernel), *_frame(dims, ones, 1, groups, conv.out_features // groups))
-        return lax.optimization_barrier(lax.reshape(rhs, taps).astype(_accumulator(conv)))
+        return lax.optimization_barrier(lax.reshape(rhs, taps).astype(conv.accumulator))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
@@ -105,11 +105,6 @@ def _sealed(out: jax.Array) -> jax.Array:
 def _span(at: int, size: int, stride: int, outputs: int) -> tuple[int, int]:
     """The outputs, from and to, of which a tap reads an element: number o reads element o * stride + at."""
     return max(0, -(at // stride)), min(outputs, (size - 1 - at) // stride + 1)
-
-
-def _accumulator(conv: ConvSignature) -> np.dtype:
-    half = jnp.issubdtype(conv.out_dtype, np.floating) and conv.out_dtype.itemsize < 4
-    return np.dtype(np.float32) if half else conv.out_dtype
 
 
 def _frame(dims: ConvDimensionNumbers, spatial: Iterable[Any], batch: Any, *features: Any) -> tuple[Any, ...]:
