@@ -200,7 +200,7 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
     found, expected = jax.block_until_ready((tuned(*args), plain(*args)))
     outcome = tuned.outcome(*args)
     if explain:
-        print(explained(name, signature, written, tuned, outcome))
+        print(explained(name, signature, written, tuned, outcome), flush=True)
     error, error_jit = errors(f, args, found, expected)
     seen = paired(plain, tuned, *args, seconds=SECONDS)
     wanted, took = target(name), seen.second_ms / 1e3

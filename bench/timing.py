@@ -30,7 +30,7 @@ def paired(
     *args: Any,
     pairs: int = 15,
     seconds: float = math.inf,
-    fewest: int = 5,
+    fewest: int = 3,
 ) -> Paired:
     """Both are warm. The order within a pair turns from pair to pair; short calls are repeated to 20 ms.
     Where `pairs` take longer than `seconds`, as many as fit, but at least `fewest`."""
