@@ -120,6 +120,11 @@ def errors(f: Callable[..., Any], args: tuple[Any, ...], *outs: Any) -> list[flo
 
     with jax.enable_x64(True):
         exact = np.asarray(jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
+    return errors_from(exact, *outs)
+
+
+def errors_from(exact: np.ndarray, *outs: Any) -> list[float]:
+    """The largest errors of outputs, relative to the rms of the exact one."""
     rms = float(np.sqrt(np.mean(exact**2)))
     return [float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / rms for out in outs]
 
