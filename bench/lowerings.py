@@ -201,7 +201,7 @@ def exact(f: Callable[..., Any], args: tuple[Any, ...]) -> np.ndarray:
     def convolved(eqn: Any, operands: Any) -> Any:
         if eqn.primitive not in CONVOLUTIONS:
             return None
-        conv, dims = ConvSignature.of(*operands, eqn.params), written_order(eqn.params)
+        conv, dims = ConvSignature.of(operands[0], operands[1], eqn.params), written_order(eqn.params)
         last, kernel = ConvLayout.channels_last(conv.rank), KernelLayout.io_last(conv.rank)
         lhs = np.transpose(operands[0], last.permutation_from(dims.lhs))
         rhs = np.transpose(operands[1], kernel.permutation_from(dims.rhs))
