@@ -23,7 +23,7 @@ from jaxlayout.program import count_transposes
 
 def main(argv: list[str] | None = None) -> int:
     """Run it; the exit status is 1 if a result disagrees."""
-    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", help=f"default: all of {', '.join(MODELS)}")
     parser.add_argument("--size", type=int, default=224, help="side of an image in pixels")
     parser.add_argument("--batch", type=int, default=8)

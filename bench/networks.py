@@ -41,7 +41,8 @@ Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 """Builds a function and its arguments."""
 
 
-def _normal(*shape: int, scale: float = 1.0) -> jax.Array:
+def normal(*shape: int, scale: float = 1.0) -> jax.Array:
+    """Ordinary numbers of a shape."""
     return jnp.asarray(scale * np.random.default_rng(sum(shape)).standard_normal(shape, np.float32))
 
 
@@ -53,7 +54,7 @@ def optimal() -> tuple[Callable[..., Any], tuple[Any, ...]]:
         y = jax.nn.relu(lax.conv_general_dilated(x, v, (1, 1), "SAME", dimension_numbers=numbers))
         return lax.conv_general_dilated(y, w, (1, 1), "SAME", dimension_numbers=numbers)
 
-    return f, (_normal(8, 56, 56, 64), _normal(3, 3, 64, 64, scale=0.05), _normal(3, 3, 64, 65, scale=0.05))
+    return f, (normal(8, 56, 56, 64), normal(3, 3, 64, 64, scale=0.05), normal(3, 3, 64, 65, scale=0.05))
 
 
 def mlp() -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -64,7 +65,7 @@ def mlp() -> tuple[Callable[..., Any], tuple[Any, ...]]:
             x = jax.nn.relu(x @ w)
         return x
 
-    return f, (_normal(256, 1024), *(_normal(1024, 1024, scale=0.04) for _ in range(4)))
+    return f, (normal(256, 1024), *(normal(1024, 1024, scale=0.04) for _ in range(4)))
 
 
 def one_among_many() -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -76,7 +77,7 @@ def one_among_many() -> tuple[Callable[..., Any], tuple[Any, ...]]:
             y = y * (1.0 + 1e-3 * i) + jnp.roll(y, 1, axis=3) * 1e-3 if i % 50 == 0 else jnp.tanh(y) + 0.1 * y
         return y.mean((2, 3))
 
-    return f, (_normal(8, 16, 56, 56), _normal(16, 16, 3, 3, scale=0.1))
+    return f, (normal(8, 16, 56, 56), normal(16, 16, 3, 3, scale=0.1))
 
 
 def _model(name: str) -> Case:
@@ -119,6 +120,11 @@ def errors(f: Callable[..., Any], args: tuple[Any, ...], *outs: Any) -> list[flo
 
     with jax.enable_x64(True):
         exact = np.asarray(jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
+    return errors_from(exact, *outs)
+
+
+def errors_from(exact: np.ndarray, *outs: Any) -> list[float]:
+    """The largest errors of outputs, relative to the rms of the exact one."""
     rms = float(np.sqrt(np.mean(exact**2)))
     return [float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / rms for out in outs]
 

@@ -58,7 +58,7 @@ def main() -> None:
         ("300 parameters", lambda tree, x: x + tree["layer0"]["bias"], (tree, x)),
         ("a keyword, a static argument", lambda x, n, *, y: x * n + y, (x,)),
     ):
-        static = {"static_argnames": "n"} if "static" in name else {}
+        static: dict[str, Any] = {"static_argnames": "n"} if "static" in name else {}
         named = {"n": 2, "y": x} if static else {}
         plain = jax.jit(fun, **static)
         for how, tuned in (("", auto_layout(fun, **static)), (", jitted", auto_layout(jax.jit(fun, **static)))):
@@ -86,7 +86,8 @@ def compared(first: Any, second: Any, args: tuple[Any, ...], named: dict[str, An
             f(*args, **named)
         return (time.perf_counter() - start) / CALLS * 1e6
 
-    block(first), block(second)
+    block(first)
+    block(second)
     pairs = []
     for n in range(BLOCKS):
         times = [block(f) for f in ((first, second) if n % 2 else (second, first))]

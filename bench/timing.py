@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -23,8 +24,16 @@ class Paired:
     pairs: int
 
 
-def paired(first: Callable[..., Any], second: Callable[..., Any], *args: Any, pairs: int = 15) -> Paired:
-    """Both are warm. The order within a pair turns from pair to pair; short calls are repeated to 20 ms."""
+def paired(
+    first: Callable[..., Any],
+    second: Callable[..., Any],
+    *args: Any,
+    pairs: int = 15,
+    seconds: float = math.inf,
+    fewest: int = 3,
+) -> Paired:
+    """Both are warm. The order within a pair turns from pair to pair; short calls are repeated to 20 ms.
+    Where `pairs` take longer than `seconds`, as many as fit, but at least `fewest`."""
 
     def timed(f: Callable[..., Any], repeat: int) -> float:
         start = time.perf_counter()
@@ -33,7 +42,9 @@ def paired(first: Callable[..., Any], second: Callable[..., Any], *args: Any, pa
         jax.block_until_ready(out)
         return (time.perf_counter() - start) / repeat
 
-    repeat = max(1, round(0.02 / max(1e-9, min(timed(first, 1), timed(second, 1)))))
+    once = timed(first, 1), timed(second, 1)
+    repeat = max(1, round(0.02 / max(1e-9, min(once))))
+    pairs = min(pairs, max(fewest, int(min(pairs, seconds / (repeat * sum(once))))))
     times: list[tuple[float, float]] = []
     for n in range(pairs):
         order = (first, second) if n % 2 == 0 else (second, first)

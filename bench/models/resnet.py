@@ -57,7 +57,7 @@ class ResNet50(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.relu(ConvBN(64, 7, 2, name="stem")(x))
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for stage, (width, blocks, stride) in enumerate(STAGES):
             for block in range(blocks):
                 x = Bottleneck(width, stride if block == 0 else 1, name=f"stage{stage}_{block}")(x)
