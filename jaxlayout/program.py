@@ -12,6 +12,8 @@ import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxlayout._compat import open_jaxpr
+from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import identity, moves_data
 
 
@@ -22,7 +24,8 @@ class ProgramKey:
     function: str
     """A hash of everything."""
     skeleton: str
-    """A hash of everything but sizes: equal for one network at two batch sizes."""
+    """A hash of everything but sizes, those of convolutions' kernels and features excepted: equal for one network at
+    two batch or image sizes."""
     sizes: tuple[int, ...]
     """The sizes of all arguments' axes."""
 
@@ -53,7 +56,7 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
         yield name(var)
     yield "in", "in"
     for eqn in inner.eqns:
-        yield str(eqn.primitive), str(eqn.primitive)
+        yield str(eqn.primitive), f"{eqn.primitive}{_kind(eqn)}"
         for param, value in sorted(eqn.params.items()):
             if not list(jaxprs_in_params({param: value})):
                 yield f"{param}={plain(value)}", param
@@ -63,6 +66,16 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
             yield name(atom)
     for atom in inner.outvars:
         yield name(atom)
+
+
+def _kind(eqn: Any) -> str:
+    """What stays of a convolution's size where the batch and the images change theirs."""
+    if eqn.primitive not in CONVOLUTIONS:
+        return ""
+    conv = ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params)
+    still = (conv.batch,) if conv.is_kernel_gradient else (conv.in_features, *conv.kernel)
+    steps = conv.strides, conv.lhs_dilation, conv.rhs_dilation, conv.feature_groups, conv.batch_groups
+    return f"{still}{conv.out_features}{steps}{plain(eqn.params['dimension_numbers'])}"
 
 
 def plain(value: Any) -> str:

@@ -111,6 +111,18 @@ def test_sizes_are_apart():
     assert key(f, jax.ShapeDtypeStruct((4, 3), jnp.bfloat16), 2.0).function != small.function
 
 
+def test_a_convolution_keeps_its_kernel_and_features():
+    def conv(groups=1, **params):
+        def f(x, w):
+            return lax.conv_general_dilated(x, w, (1, 1), "SAME", feature_group_count=groups, **params)
+
+        return lambda n, size, k: key(f, *map(jnp.zeros, ((n, 8, size, size), (8, 8 // groups, k, k)))).skeleton
+
+    assert conv()(2, 9, 3) == conv()(4, 12, 3)
+    others = conv()(2, 9, 1), conv(groups=8)(2, 9, 3), conv(rhs_dilation=(2, 2))(2, 9, 3)
+    assert len({conv()(2, 9, 3), *others}) == 4
+
+
 def test_types_matter():
     assert key(lambda x: x + x, 1.0).function != key(lambda x: x + x, np.float32(1.0)).function  # weak, strong
     assert key(lambda x: x, jax.random.key(0)).function != key(lambda x: x, jax.random.key(0, impl="rbg")).function

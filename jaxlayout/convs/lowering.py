@@ -26,6 +26,9 @@ Convolve = Callable[[ConvSignature, ConvDimensionNumbers, jax.Array, jax.Array],
 MAX_DEPTH = 3
 """The longest chain of lowerings in one another: volumes by phases by planes by dots."""
 
+MAX_PARTS = 16
+"""A composite of more parts has them as XLA's own convolutions only: anything else compiles slowly so many times."""
+
 
 class Lowering(ABC):
     """Subclass, give it a name and a version (raised with every change of what it computes), register it."""
@@ -89,8 +92,8 @@ class Composite(Lowering):
 
     def inners(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings worth having inside."""
-        names = {"xla": None}
-        for part, order in _parts(self, conv, dims):
+        names, parts = {"xla": None}, _parts(self.name, conv, dims)
+        for part, order in dict.fromkeys(parts) if len(parts) <= MAX_PARTS else ():
             for way in _registry.values():
                 names |= dict.fromkeys(way.names(part, order, depth - 1))
         return tuple(names)
@@ -103,13 +106,15 @@ class Composite(Lowering):
 
 @lru_cache(maxsize=4096)
 def _parts(
-    composite: Composite, conv: ConvSignature, dims: ConvDimensionNumbers
+    name: str, conv: ConvSignature, dims: ConvDimensionNumbers
 ) -> tuple[tuple[ConvSignature, ConvDimensionNumbers], ...]:
-    """The convolutions that a composite calls for."""
-    parts: dict[tuple[ConvSignature, ConvDimensionNumbers], None] = {}
+    """The convolutions that a composite calls for, one by one."""
+    composite = _registry[name]
+    assert isinstance(composite, Composite)
+    parts: list[tuple[ConvSignature, ConvDimensionNumbers]] = []
 
     def convolve(part: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        parts[part, dims] = None
+        parts.append((part, dims))
         return lax.full(part.out_shape(dims.out), 0, part.out_dtype)
 
     lhs = jax.ShapeDtypeStruct(conv.lhs_shape(dims.lhs), conv.lhs_dtype)
@@ -139,6 +144,7 @@ def registered(lowering: Lowering) -> Iterator[Lowering]:
         yield lowering
     finally:
         del _registry[lowering.name]
+        _parts.cache_clear()
 
 
 def lowerings() -> dict[str, Lowering]:

@@ -19,15 +19,17 @@ class Groups(Composite):
     semantics, ConvWithGeneralPadding, feature_group_count and batch_group_count). In a gradient to the kernel of a
     grouped convolution, as autodiff writes it, the groups are runs of the batch.
 
-    Applies to at most `MAX_GROUPS` feature or batch groups. Native in channels last, channels first and the order that
-    autodiff writes a kernel gradient in. Memory: the operands and out once more. Accuracy: that of the
-    convolutions inside.
+    Applies to at most `MAX_GROUPS` feature or batch groups of more than one feature or image each. Native in channels
+    last, channels first and the order that autodiff writes a kernel gradient in. Memory: the operands and out once
+    more. Accuracy: that of the convolutions inside.
     """
 
     name = "groups"
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        if not 1 < max(conv.feature_groups, conv.batch_groups) <= MAX_GROUPS:
+        groups, depthwise = conv.feature_groups * conv.batch_groups, conv.in_features == conv.feature_groups
+        single = conv.batch == conv.batch_groups if conv.batch_groups > 1 else depthwise
+        if single or not 1 < groups <= MAX_GROUPS:
             return
         if conv.is_kernel_gradient:
             yield ConvDimensionNumbers.kernel_gradient(conv.rank)

@@ -14,6 +14,8 @@ from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 MAX_BYTES = 16 * 2**20
 """The largest patches offered, in bytes: about half of a last-level cache."""
+MAX_COLUMNS = 128
+"""Every one is a slice in the program."""
 
 
 class Im2col(Lowering):
@@ -21,11 +23,15 @@ class Im2col(Lowering):
     the matrix product of those rows with the kernel as a matrix (Chellapilla, Puri, Simard 2006, "High Performance
     Convolutional Neural Networks for Document Processing"). A tap's column of all rows is one strided slice of lhs.
 
+    In a gradient to the kernel, out has fewer positions than the kernel has taps: there a row is what one tap meets at
+    all positions of out.
+
     Applies to ungrouped convolutions of more than one tap without lhs dilation; any stride, rhs
     dilation and padding. Native in channels last, where a patch is taps then features, as in a kernel whose
     features come last, and in channels first (out first or last), where it is features then taps, as in a kernel
-    whose features come first: the kernel matrix is a reshape. Memory: taps x (positions of out) x features, and lhs
-    padded. Accuracy: that of XLA's own convolution; half precision accumulates in float32.
+    whose features come first: the kernel matrix is a reshape; and in the order that autodiff writes a kernel gradient
+    in. Memory: taps x (positions of out) x features, and lhs padded. Accuracy: that of XLA's own convolution;
+    half precision accumulates in float32.
     """
 
     name = "im2col"
@@ -36,6 +42,11 @@ class Im2col(Lowering):
             return
         if conv.batch * math.prod(conv.out_spatial) * conv.contraction * conv.lhs_dtype.itemsize > MAX_BYTES:
             return
+        if min(math.prod(conv.kernel), math.prod(conv.out_spatial)) > MAX_COLUMNS:
+            return
+        if conv.is_kernel_gradient:
+            yield ConvDimensionNumbers.kernel_gradient(conv.rank)
+            return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)
         yield ConvDimensionNumbers(last, KernelLayout.io_last(conv.rank), last)
         yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
@@ -43,26 +54,36 @@ class Im2col(Lowering):
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
         o, k = conv.out_features, conv.contraction
+        if conv.is_kernel_gradient:
+            return rhs
         return lax.reshape(rhs, (k, o) if dims.lhs.is_channels_last else (o, k))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if 0 in conv.out_spatial:  # a slice needs somewhere to stop
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
-        last = dims.lhs.is_channels_last
+        last = dims.lhs.axes[-1] not in dims.lhs.spatial
 
         def frame(spatial: Iterable, batch: object, features: object) -> tuple:
             return (batch, *spatial, features) if last else (batch, features, *spatial)
 
         padding = frame([(lo, hi, 0) for lo, hi in conv.padding], (0, 0, 0), (0, 0, 0))
         padded = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
-        strides = frame(conv.strides, 1, 1)
+        # What is met at a tap, for all positions of out; or, the other way round, at a position of out for all taps.
+        starts, steps, sizes = (conv.kernel, conv.rhs_dilation), conv.strides, conv.out_spatial
+        if conv.is_kernel_gradient:
+            starts, steps, sizes = (conv.out_spatial, conv.strides), conv.rhs_dilation, conv.kernel
         columns = []
-        for tap in itertools.product(*map(range, conv.kernel)):
-            start = [t * d for t, d in zip(tap, conv.rhs_dilation, strict=True)]
-            sizes = zip(start, conv.out_spatial, conv.strides, strict=True)
-            stop = [a + (size - 1) * stride + 1 for a, size, stride in sizes]
-            limits = frame(stop, conv.batch, conv.in_features)
-            columns.append(lax.slice(padded, frame(start, 0, 0), limits, strides))
+        for at in itertools.product(*map(range, starts[0])):
+            start = [i * step for i, step in zip(at, starts[1], strict=True)]
+            stop = [a + (size - 1) * step + 1 for a, size, step in zip(start, sizes, steps, strict=True)]
+            limits = frame(stop, padded.shape[0], padded.shape[-1 if last else 1])
+            columns.append(lax.slice(padded, frame(start, 0, 0), limits, frame(steps, 1, 1)))
+        if conv.is_kernel_gradient:
+            summed = tuple(range(lhs.ndim - 1))
+            patches = lax.concatenate(columns, lhs.ndim - 1)
+            dims_summed = (summed, summed), ((), ())
+            out = lax.dot_general(patches, prepared, dims_summed, conv.precision, conv.preferred_element_type)
+            return lax.reshape(out, conv.out_shape(dims.out))
         if last:
             return contract(conv, dims, lax.concatenate(columns, lhs.ndim - 1), prepared, 0)
         patches = lax.concatenate([lax.expand_dims(column, (2,)) for column in columns], 2)
