@@ -8,6 +8,10 @@ PyTorch, channels last; `torch.compile`, channels last and with the weights froz
 each run parameters and multiply-adds must be equal, and so must the results. Columns: medians in ms and half their
 interquartile range; the faster PyTorch's time over auto_layout's, above 1: auto_layout is faster, as the median over
 rounds; how much of the machine's peak both reach, which is the best time of a large matrix product in the same rounds.
+
+The machine should be idle: PyTorch's threads spin while they wait for each other, and where other programs run, that
+makes it many times slower. OMP_WAIT_POLICY=passive makes it robust (and a little slower where it is idle); the table
+says if it was set.
 """
 
 from __future__ import annotations
@@ -163,7 +167,9 @@ def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
         f"- auto_layout is faster: {named(lambda ratio, spread: ratio - spread > 1)}",
     )
     frozen = "frozen" if all(r["frozen"] for r in rows) else "weights as arguments"
-    where = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores, auto_layout: {frozen}, `{command}`"
+    waiting = f"OMP_WAIT_POLICY={policy} " if (policy := os.environ.get("OMP_WAIT_POLICY")) else ""
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores"
+    where = f"{versions}, auto_layout: {frozen}, `{waiting}{command}`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
 
 
