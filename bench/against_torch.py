@@ -83,11 +83,12 @@ def contenders_of(name: str, batch: int, size: int, table: str | None) -> tuple[
     """What is to be timed, and facts about it."""
     apply, params, images = ALL_MODELS[name].build(batch, size, jax.random.key(0))
     plain, tuned = jax.jit(apply), auto_layout(apply, table=table)
-    frozen = tuned.freeze(params) if hasattr(tuned, "freeze") else None
+    freeze = getattr(tuned, "freeze", None)
+    frozen = freeze(params) if freeze is not None else None
     module, pixels = load(name, params), channels_first(images)
     calls: dict[str, Contender] = {
         "jit": lambda: jax.block_until_ready(plain(params, images)),
-        "auto_layout": lambda: jax.block_until_ready(frozen(images) if frozen else tuned(params, images)),
+        "auto_layout": lambda: jax.block_until_ready(frozen(images) if frozen is not None else tuned(params, images)),
         "eager": lambda: module(pixels),
     }
     facts: dict[str, Any] = {"frozen": frozen is not None, "compile_failed": None}
