@@ -1,4 +1,4 @@
-"""The demo's networks are the published ones: parameter counts, ordinary outputs, NCHW agreeing with NHWC."""
+"""The networks are the published ones: parameter counts, ordinary outputs, NCHW agreeing with NHWC."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench.models import MODELS, Model
-from bench.models.common import Apply, role
+from bench.models import ALL_MODELS, Model, vae
+from bench.models.common import STATISTICS, Apply, as_torch, role
 
-STATISTICS = {"mean", "var", "running_mean", "running_var"}
+#: at full size, where it is not logits of 1000 classes
+OUTPUTS = {"unet3d": (1, 24, 48, 48, 3), "vae3d_decoder": (1, 13, 128, 128, 3)}
+#: sides, where 32 are too many for a test
+SIDES = {"unet3d": 16, "vae3d_decoder": 4}
 
 
 class Run(NamedTuple):
+    size: int
     apply: Apply
     params: Any
     images: jax.Array
     logits: jax.Array
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS.keys())
+@pytest.fixture(scope="module", params=ALL_MODELS.values(), ids=ALL_MODELS.keys())
 def model(request: pytest.FixtureRequest) -> Model:
     return request.param
 
@@ -35,8 +39,9 @@ def shapes(model: Model) -> Any:
 
 @pytest.fixture(scope="module")
 def small(model: Model) -> Run:
-    apply, params, images = model.build(2, 32, jax.random.key(0))
-    return Run(apply, params, images, jax.jit(apply)(params, images))
+    size = SIDES.get(model.name, 32)
+    apply, params, images = model.build(2, size, jax.random.key(0))
+    return Run(size, apply, params, images, jax.jit(apply)(params, images))
 
 
 def test_parameter_count(model, shapes):
@@ -44,14 +49,39 @@ def test_parameter_count(model, shapes):
     assert sum(prod(leaf.shape) for path, leaf in leaves if role(path) not in STATISTICS) == model.parameters
 
 
+def test_parameter_count_of_the_video_decoder():
+    """Its own design: as the sum of its layers."""
+
+    def conv(inputs, outputs, taps=27):
+        return taps * inputs * outputs + outputs
+
+    def residual(inputs, outputs):
+        shortcut = conv(inputs, outputs, 1) if inputs != outputs else 0
+        return inputs + conv(inputs, outputs) + outputs + conv(outputs, outputs) + shortcut
+
+    stages = residual(96, 96) * 2 + residual(96, 96) * 3  # the middle, then stage by stage
+    stages += residual(48, 96) + residual(96, 96) * 2 + residual(48, 48) * 3 + residual(24, 24) * 3
+    up = 2 * (conv(96, 192, 3) + conv(96, 48, 9)) + conv(48, 24, 9)
+    assert conv(16, 96) + stages + up + 24 + conv(24, 3) == ALL_MODELS["vae3d_decoder"].parameters
+
+
+def test_no_frame_of_the_video_sees_a_later_one():
+    model = ALL_MODELS["vae3d_decoder"]
+    apply, params, latents = model.build(1, 8, jax.random.key(0))
+    assert latents.shape == (1, 2, 8, 8, vae.LATENT)
+    video, other = (np.asarray(jax.jit(apply)(params, x)) for x in (latents, latents.at[:, 1].add(1)))
+    assert video.shape == (1, 5, 64, 64, 3)
+    np.testing.assert_array_equal(video[:, :1], other[:, :1])
+    assert (np.abs(video - other)[:, 1:].max((0, 2, 3, 4)) > 1e-3).all()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 def test_full_size_gives_logits_of_the_dtype_it_is_given(model, shapes, dtype):
-    shape = (3, model.size, model.size) if model.order == "NCHW" else (model.size, model.size, 3)
-    images = jax.ShapeDtypeStruct((model.batch, *shape), jnp.float32)
+    images = model.images(model.batch, model.size)
     with jax.enable_x64(True):
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), (shapes, images))
         logits = jax.eval_shape(model.apply, *abstract)
-    assert (logits.shape, logits.dtype) == ((model.batch, 1000), dtype)
+    assert (logits.shape, logits.dtype) == (OUTPUTS.get(model.name, (model.batch, 1000)), dtype)
 
 
 def test_parameters_are_float32_whatever_the_default(model):
@@ -80,28 +110,16 @@ def test_float64_is_a_reference_for_float32(small):
 
 
 def test_build_depends_on_the_key_alone(model, small):
-    (_, *same), (_, *other) = (model.build(2, 32, jax.random.key(seed)) for seed in (0, 1))
+    (_, *same), (_, *other) = (model.build(2, small.size, jax.random.key(seed)) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, same, [small.params, small.images])
     assert not any(map(np.array_equal, jax.tree.leaves(same), jax.tree.leaves(other)))
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v2", "resnet50"])
 def test_nchw_agrees_with_nhwc(name):
-    nhwc, params, images = MODELS[name].build(2, 64, jax.random.key(0))
-    nchw, ported = MODELS[f"{name}_nchw"], as_torch(params)
+    nhwc, params, images = ALL_MODELS[name].build(2, 64, jax.random.key(0))
+    nchw, ported = ALL_MODELS[f"{name}_nchw"], as_torch(params)
     assert {key: a.shape for key, a in ported.items()} == {key: a.shape for key, a in nchw.shapes().items()}
     expected = jax.jit(nhwc)(params, images)
     actual = jax.jit(nchw.apply)(ported, images.transpose(0, 3, 1, 2))
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
-
-
-def as_torch(params: Any) -> dict[str, jax.Array]:
-    """A flax tree by PyTorch's names and in PyTorch's orders: HWIO to OIHW, (in, out) to (out, in)."""
-    renamed = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
-    state = {}
-    for path, leaf in jax.tree.leaves_with_path(params):
-        *scope, last = (part.key for part in path[1:])  # path[0] is 'params' or 'batch_stats'
-        if last == "kernel":
-            leaf = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
-        state[".".join((*scope, renamed.get(last, last)))] = leaf
-    return state

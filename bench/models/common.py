@@ -19,44 +19,57 @@ import numpy as np
 Params: TypeAlias = Any  # a pytree of arrays (or of ShapeDtypeStructs)
 Apply: TypeAlias = Callable[[Params, jax.Array], jax.Array]
 
+#: roles of what is not trained
+STATISTICS = frozenset({"mean", "var", "running_mean", "running_var"})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A network in inference mode, from images (values about N(0, 1)) to 1000 logits each."""
+    """A network in inference mode, of images or volumes whose values are about N(0, 1)."""
 
     name: str
-    order: Literal["NHWC", "NCHW"]  # of the images
+    order: Literal["NHWC", "NCHW", "NDHWC"]  # of the images
     parameters: int  # how many are trainable, as published
     apply: Apply
     shapes: Callable[[], Params]  # the parameters, abstractly
     batch: int = 8
     size: int = 224  # of an image's side, in pixels
+    depth: int | None = None  # of a volume of this size; of other sizes in proportion, at least 2
+    channels: int = 3
+    variance: float = 1.0  # the least of the batch norms' stored ones: so that signals neither fade nor blow up
+
+    def images(self, batch: int, size: int) -> jax.ShapeDtypeStruct:
+        """A batch of images, abstractly."""
+        depth = () if self.depth is None else (max(2, self.depth * size // self.size),)
+        side = (*depth, size, size)
+        shape = (batch, self.channels, *side) if self.order == "NCHW" else (batch, *side, self.channels)
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def build(self, batch: int, size: int, key: jax.Array) -> tuple[Apply, Params, jax.Array]:
         """The function, its random parameters and a random batch of images: `apply(params, images)`."""
         weights, pixels = np.random.SeedSequence(np.asarray(jax.random.key_data(key)).tolist()).spawn(2)
-        shape = (batch, size, size, 3) if self.order == "NHWC" else (batch, 3, size, size)
-        images = np.random.default_rng(pixels).standard_normal(shape, np.float32)
-        return self.apply, draw(self.shapes(), weights), jnp.asarray(images)
+        images = np.random.default_rng(pixels).standard_normal(self.images(batch, size).shape, np.float32)
+        return self.apply, draw(self.shapes(), weights, self.variance), jnp.asarray(images)
 
 
-def flax_model(name: str, module: Any, parameters: int) -> Model:
-    """A `Model` of an NHWC `flax.linen` module."""
+def flax_model(name: str, module: Any, parameters: int, **sizes: Any) -> Model:
+    """A `Model` of an NHWC (with a depth: NDHWC) `flax.linen` module."""
 
     def apply(params: Params, images: jax.Array) -> jax.Array:
         return module.apply(params, images)
 
     def shapes() -> Params:
-        image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-        return jax.eval_shape(module.init, jax.random.key(0), image)
+        return jax.eval_shape(module.init, jax.random.key(0), model.images(1, model.size))
 
-    return Model(name=name, order="NHWC", parameters=parameters, apply=apply, shapes=shapes)
+    order = "NDHWC" if "depth" in sizes else "NHWC"
+    model = Model(name=name, order=order, parameters=parameters, apply=apply, shapes=shapes, **sizes)
+    return model
 
 
-def draw(shapes: Params, seed: np.random.SeedSequence) -> Params:
+def draw(shapes: Params, seed: np.random.SeedSequence, variance: float = 1.0) -> Params:
     """Random parameters: weights as He et al. (arXiv:1502.01852) initialise them, the rest by its name."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(_draw(rng, role(path), leaf)), shapes)
+    return jax.tree.map_with_path(lambda path, leaf: jnp.asarray(_draw(rng, role(path), leaf, variance)), shapes)
 
 
 def role(path: tuple[Any, ...]) -> str:
@@ -64,7 +77,7 @@ def role(path: tuple[Any, ...]) -> str:
     return path[-1].key.rsplit(".", 1)[-1]
 
 
-def _draw(rng: np.random.Generator, role: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _draw(rng: np.random.Generator, role: str, leaf: jax.ShapeDtypeStruct, variance: float) -> np.ndarray:
     def normal(deviation: float) -> np.ndarray:
         return np.float32(deviation) * rng.standard_normal(leaf.shape, np.float32)
 
@@ -75,8 +88,20 @@ def _draw(rng: np.random.Generator, role: str, leaf: jax.ShapeDtypeStruct) -> np
             return normal(sqrt(2 / prod(leaf.shape[1:])))
         case "scale" | "weight":  # of a normalisation
             return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
-        case "var" | "running_var":  # above one, so that the sums over residual blocks do not blow up
-            return rng.uniform(1, 2, leaf.shape).astype(np.float32)
+        case "var" | "running_var":
+            return rng.uniform(variance, 2 * variance, leaf.shape).astype(np.float32)
         case "bias" | "mean" | "running_mean" | "gamma":
             return normal(0.1)
     raise ValueError(f"no rule to draw a parameter called {role!r}, of shape {leaf.shape}")
+
+
+def as_torch(params: Params) -> dict[str, jax.Array]:
+    """A flax tree by PyTorch's names and in PyTorch's orders: HWIO to OIHW, (in, out) to (out, in)."""
+    renamed = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+    state = {}
+    for path, leaf in jax.tree.leaves_with_path(params):
+        *scope, last = (part.key for part in path[1:])  # path[0] is 'params' or 'batch_stats'
+        if last == "kernel":
+            leaf = leaf.transpose(leaf.ndim - 1, leaf.ndim - 2, *range(leaf.ndim - 2))
+        state[".".join((*scope, renamed.get(last, last)))] = leaf
+    return state

@@ -1,0 +1,208 @@
+"""Whole networks against PyTorch on the same cores, in turn in one process: inference, float32, the same weights.
+
+    pip install 'jaxlayout[torch]'
+    python -m bench.against_torch [model ...] [--rounds 11] [--table FILE] [--small] [--out bench/results]
+
+Writes torch-jax<version>.json and .md into --out. Contenders: `jax.jit`; `auto_layout`, frozen where it can be; eager
+PyTorch, channels last; `torch.compile`, channels last and with the weights frozen, or the reason why it did not run. On
+each run parameters and multiply-adds must be equal, and so must the results. Columns: medians in ms and half their
+interquartile range; the faster PyTorch's time over auto_layout's, above 1: auto_layout is faster, as the median over
+rounds; how much of the machine's peak both reach, which is the best time of a large matrix product in the same rounds.
+
+The machine should be idle: PyTorch's threads spin while they wait for each other, and where other programs run, that
+makes it many times slower. OMP_WAIT_POLICY=passive makes it robust (and a little slower where it is idle); the table
+says if it was set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import torch._inductor.config
+
+from bench.models import ALL_MODELS
+from bench.torch_models import TORCH_MODELS, channels_first, check, load
+from jaxlayout import auto_layout
+
+OURS, THEIRS = ("jit", "auto_layout"), ("eager", "compile")
+PEAK_SIDE = 3072
+#: sides for --small, where it is not 64
+SMALL = {"unet3d": 16, "vae3d_decoder": 4}
+
+Contender = Callable[[], Any]
+
+
+def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round, all warm. Each begins its turn with a call that is not timed, while the threads
+    of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""
+
+    def timed(call: Contender, repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - start) / repeat
+
+    repeats = {name: max(1, round(0.1 / timed(call, 1))) for name, call in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for n in range(rounds):
+        turned = names[n % len(names) :] + names[: n % len(names)]
+        for name in turned if n % 2 == 0 else reversed(turned):
+            contenders[name]()
+            seconds[name].append(timed(contenders[name], repeats[name]))
+    return seconds
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and half the interquartile range."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return statistics.median(values), (high - low) / 2
+
+
+def peak() -> Contender:
+    """A large matrix product."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((PEAK_SIDE, PEAK_SIDE), np.float32))
+    product = jax.jit(jnp.matmul)
+    return lambda: jax.block_until_ready(product(x, x))
+
+
+def contenders_of(name: str, batch: int, size: int, table: str | None) -> tuple[dict[str, Contender], dict[str, Any]]:
+    """What is to be timed, and facts about it."""
+    apply, params, images = ALL_MODELS[name].build(batch, size, jax.random.key(0))
+    plain, tuned = jax.jit(apply), auto_layout(apply, table=table)
+    freeze = getattr(tuned, "freeze", None)
+    frozen = freeze(params) if freeze is not None else None
+    module, pixels = load(name, params), channels_first(images)
+    calls: dict[str, Contender] = {
+        "jit": lambda: jax.block_until_ready(plain(params, images)),
+        "auto_layout": lambda: jax.block_until_ready(frozen(images) if frozen is not None else tuned(params, images)),
+        "eager": lambda: module(pixels),
+    }
+    facts: dict[str, Any] = {"frozen": frozen is not None, "compile_failed": None}
+    torch.compiler.reset()
+    compiled = torch.compile(module)
+    try:
+        compiled(pixels)
+        calls["compile"] = lambda: compiled(pixels)
+    except Exception as error:  # no C++ compiler, most likely
+        facts["compile_failed"] = " of ".join(type(e).__name__ for e in (error, error.__cause__) if e is not None)
+    return calls, facts
+
+
+def apart(found: Any, expected: np.ndarray) -> float:
+    """The largest difference, relative to the rms."""
+    if isinstance(found, torch.Tensor):
+        found = found.movedim(1, -1).numpy()
+    return float(np.max(np.abs(np.asarray(found) - expected)) / np.sqrt(np.mean(expected**2)))
+
+
+def run(name: str, table: str | None, rounds: int, small: bool) -> dict[str, Any]:
+    """One row."""
+    model = ALL_MODELS[name]
+    batch, size = (1, SMALL.get(name, 64)) if small else (model.batch, model.size)
+    parameters, macs = check(model, batch, size)
+    calls, facts = contenders_of(name, batch, size, table)
+    expected = np.asarray(calls["jit"]())
+    errors = {key: apart(call(), expected) for key, call in calls.items()}
+    if not max(errors.values()) < 1e-3:
+        raise AssertionError(f"{name}: the results disagree: {errors}")
+    seconds = in_turn(calls | {"peak": peak()}, rounds)
+    faster = min((key for key in THEIRS if key in seconds), key=lambda key: statistics.median(seconds[key]))
+    ratio, spread = middle([a / b for a, b in zip(seconds[faster], seconds["auto_layout"], strict=True)])
+    gflops = 2 * PEAK_SIDE**3 / min(seconds.pop("peak")) / 1e9
+    times = {key: middle([1e3 * s for s in values]) for key, values in seconds.items()}
+    return {
+        "case": name,
+        "input": model.images(batch, size).shape,
+        "parameters": parameters,
+        "macs": macs,
+        "ms": {key: median for key, (median, _) in times.items()},
+        "ms_spread": {key: spread for key, (_, spread) in times.items()},
+        "faster_torch": faster,
+        "ratio": ratio,
+        "spread": spread,
+        "peak_gflops": gflops,
+        "of_peak": {key: 2 * macs / (1e6 * median) / gflops for key, (median, _) in times.items()},
+        "apart": max(errors.values()),
+        **facts,
+    }
+
+
+def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
+    """The table, and in words who is faster."""
+
+    def ms(row: dict[str, Any], key: str) -> str:
+        return f"{row['ms'][key]:.1f} ±{row['ms_spread'][key]:.1f}" if key in row["ms"] else row["compile_failed"]
+
+    head = (
+        "| network | input | Mparameters | GMACs | jit ms | auto_layout ms | torch ms | torch.compile ms |"
+        " torch / auto_layout | of peak: auto_layout, torch | apart |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+    )
+    lines = [
+        f"| {r['case']} | {'x'.join(map(str, r['input']))} | {r['parameters'] / 1e6:.2f} | {r['macs'] / 1e9:.2f} "
+        f"| {' | '.join(ms(r, key) for key in (*OURS, *THEIRS))} | **{r['ratio']:.2f}x** ±{r['spread']:.2f} "
+        f"| {r['of_peak']['auto_layout']:.0%}, {r['of_peak'][r['faster_torch']]:.0%} of {r['peak_gflops']:.0f} GFLOP/s "
+        f"| {r['apart']:.0e} |"
+        for r in rows
+    ]
+
+    def named(which: Callable[[float, float], bool]) -> str:
+        return ", ".join(f"{r['case']} ({r['ratio']:.2f}x)" for r in rows if which(r["ratio"], r["spread"])) or "none"
+
+    verdicts = (
+        f"- auto_layout is slower than the faster PyTorch: {named(lambda ratio, spread: ratio + spread < 1)}",
+        f"- neither, within the spread: {named(lambda ratio, spread: abs(ratio - 1) <= spread)}",
+        f"- auto_layout is faster: {named(lambda ratio, spread: ratio - spread > 1)}",
+    )
+    frozen = "frozen" if all(r["frozen"] for r in rows) else "weights as arguments"
+    waiting = f"OMP_WAIT_POLICY={policy} " if (policy := os.environ.get("OMP_WAIT_POLICY")) else ""
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores"
+    where = f"{versions}, auto_layout: {frozen}, `{waiting}{command}`"
+    return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the models and write the tables, after each model anew."""
+    parser = argparse.ArgumentParser(prog="python -m bench.against_torch", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", help=f"default: all of {', '.join(TORCH_MODELS)}")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--table", default=None, help="cost table, default: the user's")
+    parser.add_argument("--small", action="store_true", help="one small image each: to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    given = parser.parse_args(argv)
+    if unknown := set(given.models) - set(TORCH_MODELS):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(cores)
+    torch._inductor.config.freezing = True
+    command = "python -m bench.against_torch" + " --small" * given.small
+    stem = f"torch-jax{jax.__version__}" + "-small" * given.small
+    given.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for name in given.models or TORCH_MODELS:
+        with torch.no_grad():
+            rows.append(run(name, given.table, given.rounds, given.small))
+        jax.clear_caches()
+        gc.collect()
+        (given.out / f"{stem}.json").write_text(json.dumps(rows, indent=1) + "\n")
+        text = markdown(rows, command, cores)
+        (given.out / f"{stem}.md").write_text(text)
+        print(next(line for line in text.splitlines() if line.startswith(f"| {name} ")), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
