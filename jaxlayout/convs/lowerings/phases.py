@@ -61,10 +61,12 @@ class Phases(Composite):
         whole = [-(-size // len(axis)) for size, axis in zip(conv.out_spatial, phases, strict=True)]
 
         def one(chosen: tuple[_Phase, ...]) -> jax.Array:
-            part = _part(conv, chosen)
-            if 0 in (*part.out_spatial, *part.kernel):
-                out = lax.full(part.out_shape(dims.out), 0, conv.out_dtype)
+            sizes = dict(zip(dims.out.axes, conv.out_shape(dims.out), strict=True))
+            sizes |= {a: p.outputs for a, p in zip(spatial, chosen, strict=True)}
+            if 0 in sizes.values() or any(p.taps == 0 for p in chosen):
+                out = lax.full([sizes[a] for a in dims.out.axes], 0, conv.out_dtype)
             else:
+                part = _part(conv, chosen)
                 taps = {a: slice(p.first_tap, None, p.tap_step) for a, p in zip(spatial, chosen, strict=True)}
                 out = convolve(part, dims, lhs, rhs[tuple(taps.get(a, slice(None)) for a in dims.rhs.axes)])
             short = {a: w - p.outputs for a, w, p in zip(spatial, whole, chosen, strict=True)}
@@ -90,23 +92,15 @@ def _interleaved(outs: Iterator[jax.Array], axes: list[tuple[int, int]]) -> jax.
 
 def _phases(conv: ConvSignature) -> list[list[_Phase]]:
     """For each axis, its phases in order."""
-    return [
-        [_phase(*axis, first) for first in range(axis[3] // math.gcd(axis[2], axis[3]))]
-        for axis in zip(
-            conv.out_spatial,
-            conv.kernel,
-            conv.strides,
-            conv.lhs_dilation,
-            conv.rhs_dilation,
-            [lo for lo, _ in conv.padding],
-            strict=True,
-        )
-    ]
+    periods = [d // math.gcd(s, d) for s, d in zip(conv.strides, conv.lhs_dilation, strict=True)]
+    return [[_phase(conv, axis, first) for first in range(period)] for axis, period in enumerate(periods)]
 
 
-def _phase(size: int, kernel: int, stride: int, dilation: int, step: int, low: int, first: int) -> _Phase:
+def _phase(conv: ConvSignature, axis: int, first: int) -> _Phase:
+    size, kernel, stride = conv.out_spatial[axis], conv.kernel[axis], conv.strides[axis]
+    dilation, step = conv.lhs_dilation[axis], conv.rhs_dilation[axis]
     period, tap_step = dilation // math.gcd(stride, dilation), dilation // math.gcd(step, dilation)
-    at = first * stride - low
+    at = first * stride - conv.padding[axis][0]
     fitting = [t for t in range(min(tap_step, kernel)) if (at + t * step) % dilation == 0]
     tap = fitting[0] if fitting else kernel
     return _Phase(
