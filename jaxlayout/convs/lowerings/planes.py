@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import reduce
+from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
@@ -20,8 +21,8 @@ class Planes(Composite):
 
     Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PARTS` taps or positions; any stride, kernel
     dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels last,
-    and the order that autodiff writes a kernel gradient in. Memory: lhs padded, and out once more for each tap that is
-    not summed yet. Accuracy: that of the convolutions inside; partial sums in float32 for half precision.
+    and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the second
+    way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in float32 for half precision.
     """
 
     name = "planes"
@@ -37,14 +38,8 @@ class Planes(Composite):
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve
     ) -> jax.Array:
-        positions, taps, stride, step = conv.out_spatial[0], conv.kernel[0], conv.strides[0], conv.rhs_dilation[0]
-        low, high = conv.padding[0]
-        shape = conv.out_shape(dims.out)
-        if 0 in shape:
-            return lax.full(shape, 0, conv.out_dtype)
-        depth = dims.lhs.axes.index("D")
-        padding = [(low, high, 0) if a == "D" else (0, 0, 0) for a in dims.lhs.axes]
-        lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
+        if 0 in (*conv.out_shape(dims.out), *lhs.shape, *rhs.shape):
+            return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         flat = replace(
             conv,
             spatial=conv.spatial[1:],
@@ -54,27 +49,54 @@ class Planes(Composite):
             lhs_dilation=conv.lhs_dilation[1:],
             rhs_dilation=conv.rhs_dilation[1:],
         )
-        plane = _without_depth(dims)
+        by = _by_position if _few_positions(conv) else _by_tap
+        return by(conv, flat, dims, lhs, rhs, partial(convolve, dims=_without_depth(dims)))
 
-        def planes(start: int, count: int, step: int) -> jax.Array:
-            """`count` planes of lhs, the depth merged into the axis before it."""
-            part = lax.slice_in_dim(lhs, start, start + (count - 1) * step + 1, step, depth)
-            return _merged(part, depth)
 
-        if _few_positions(conv):
-            flat = replace(flat, in_features=conv.in_features * taps)
-            kernel = _merged(rhs, dims.rhs.axes.index("D"))
-            outs = [convolve(flat, plane, planes(o * stride, taps, step), kernel) for o in range(positions)]
-            at = dims.out.axes.index("D")
-            return lax.concatenate([lax.expand_dims(out, (at,)) for out in outs], at)
-        wide = conv.preferred_element_type if conv.accumulator == conv.out_dtype else conv.accumulator
-        flat = replace(flat, batch=conv.batch * positions, preferred_element_type=wide)
-        axis = dims.rhs.axes.index("D")
-        outs = [
-            convolve(flat, plane, planes(t * step, positions, stride), lax.index_in_dim(rhs, t, axis, keepdims=False))
-            for t in range(taps)
-        ]
-        return lax.reshape(reduce(lax.add, outs).astype(conv.out_dtype), shape)
+def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: Any, convolve: Any) -> jax.Array:
+    """Position o reads plane o * stride + t * step - low at tap t."""
+    size, positions, stride = conv.spatial[0], conv.out_spatial[0], conv.strides[0]
+    wide = conv.preferred_element_type if conv.accumulator == conv.out_dtype else conv.accumulator
+    shape = (conv.batch, positions, *conv.out_shape(dims.out)[2:])
+    out = lax.full(shape, 0, conv.accumulator)
+    for tap in range(conv.kernel[0]):
+        shift = conv.padding[0][0] - tap * conv.rhs_dilation[0]
+        first, last = max(0, -(-shift // stride)), min(positions - 1, (size - 1 + shift) // stride)
+        if first > last:
+            continue
+        planes = lhs
+        if stride == 1:  # all planes, some in vain: no copy of lhs
+            first, last = shift, shift + size - 1
+        else:
+            planes = lax.slice_in_dim(lhs, first * stride - shift, last * stride - shift + 1, stride, axis=1)
+        part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=wide)
+        kernel = lax.index_in_dim(rhs, tap, dims.rhs.axes.index("D"), keepdims=False)
+        summand = convolve(part, lhs=_merged(planes, 1), rhs=kernel)
+        summand = lax.reshape(summand, (*planes.shape[:2], *shape[2:]))
+        edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
+        # A barrier, or all summands are kept until the last is there.
+        out = lax.optimization_barrier(out + lax.pad(summand, lax.full((), 0, summand.dtype), edges))
+    return out.astype(conv.out_dtype)
+
+
+def _by_position(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: Any, convolve: Any) -> jax.Array:
+    """The same planes, position by position: those of lhs and of the kernel that meet."""
+    size, taps, step = conv.spatial[0], conv.kernel[0], conv.rhs_dilation[0]
+    at, lhs_depth, rhs_depth = (layout.axes.index("D") for layout in (dims.out, dims.lhs, dims.rhs))
+    outs = []
+    for position in range(conv.out_spatial[0]):
+        shift = conv.padding[0][0] - position * conv.strides[0]
+        first, last = max(0, -(-shift // step)), min(taps - 1, (size - 1 + shift) // step)
+        count = max(0, last - first + 1)
+        part = replace(flat, in_features=conv.in_features * count)
+        if count:
+            planes = lax.slice_in_dim(lhs, first * step - shift, last * step - shift + 1, step, axis=lhs_depth)
+            kernel = lax.slice_in_dim(rhs, first, last + 1, axis=rhs_depth)
+            out = convolve(part, lhs=_merged(planes, lhs_depth), rhs=_merged(kernel, rhs_depth))
+        else:
+            out = lax.full(part.out_shape(_without_depth(dims).out), 0, conv.out_dtype)
+        outs.append(lax.expand_dims(out, (at,)))
+    return lax.concatenate(outs, at)
 
 
 MAX_PARTS = 8
