@@ -10,6 +10,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import Lowering, register_lowering
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.costs.table import CostTable, TableWarning
+from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
@@ -25,6 +26,7 @@ __all__ = [
     "ConvSignature",
     "CostTable",
     "Explanation",
+    "Frozen",
     "KernelLayout",
     "Labelling",
     "LayoutPolicy",

@@ -49,20 +49,25 @@ def eval_equations(
     """Evaluate a jaxpr equation by equation; `bind(eqn, operands)` may give the results, or None for the default.
     `consts`: in place of its own."""
     jaxpr_, env = open_jaxpr(jaxpr), {}
-
-    def read(atom: Any) -> Any:
-        return atom.val if isinstance(atom, Literal) else env[atom]
-
     env.update(zip(jaxpr_.constvars, consts_of(jaxpr) if consts is None else consts, strict=True))
     env.update(zip(jaxpr_.invars, args, strict=True))
-    for eqn in jaxpr_.eqns:
-        operands = [read(atom) for atom in eqn.invars]
+    run_equations(jaxpr_.eqns, env, bind)
+    return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr_.outvars]
+
+
+def run_equations(
+    eqns: Sequence[Any],
+    env: dict[Any, Any],
+    bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None] = lambda eqn, operands: None,
+) -> None:
+    """Evaluate equations in sequence, from and into the values of variables in `env`."""
+    for eqn in eqns:
+        operands = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
         with equation_scope(eqn):
             results = bind(eqn, operands)
             if results is None:
                 results = bind_equation(eqn, operands)
         env.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr_.outvars]
 
 
 def consts_as_arguments(jaxpr: Any, args: Sequence[Any]) -> Any:

@@ -20,19 +20,18 @@ from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, open_jaxpr
 from jaxlayout.convs.signature import Context
+from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.retrace import retrace
-from jaxlayout.threads import Workers
+from jaxlayout.threads import Workers, device_of, is_real
 from jaxlayout.tune import Outcome, tune
-from jaxlayout.wrapped import is_jitted, jit_settings
+from jaxlayout.wrapped import NOT_NESTED, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
-_NOT_NESTED = ("compiler_options", "device", "backend")
-"""What jit refuses, or ignores, inside another jit."""
 
 
 @overload
@@ -88,7 +87,7 @@ class AutoLayout:
         self._tuning = threading.Lock()
         self._told = told
         self._entry: Any = jax.jit(self._body("entry"), **told)
-        self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in _NOT_NESTED})
+        self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if am_i_under_a_jit():
@@ -110,6 +109,17 @@ class AutoLayout:
 
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
+
+    def freeze(self, *args: Any, **kwargs: Any) -> Frozen:
+        """The function of the rest of its arguments. What depends on those given here alone (a network's weights, in
+        inference) is computed once, when the shapes of the rest are first seen: converted and packed kernels, a batch
+        normalisation's scale and shift, folded into the kernel before it.
+
+        Raises:
+          TypeError: for arguments that the function does not take, and, when called, for a frozen one given again.
+          ValueError: for a donated argument, and where the function was given `in_shardings`.
+        """
+        return Frozen(self, args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
@@ -198,11 +208,16 @@ class AutoLayout:
         if call is None or found_tree != tree:
             return None
         found = [leaves[i] for i in places]
-        unreal = Tracer | jax.ShapeDtypeStruct
-        gone = (isinstance(x, unreal) or (isinstance(x, jax.Array) and x.is_deleted()) for x in found)
-        return None if any(gone) else found
+        return found if all(map(is_real, found)) else None
 
-    def _tuned(self, jaxpr: Any, args: Sequence[Any] | None, context: Context) -> Outcome:
+    def _tuned(
+        self,
+        jaxpr: Any,
+        args: Sequence[Any] | None,
+        context: Context,
+        frozen: Sequence[bool] = (),
+        written: Any = None,
+    ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
         stop = threading.Event()
         name = getattr(self._fun, "__name__", "function")
@@ -217,12 +232,14 @@ class AutoLayout:
                     context=context,
                     compiler_options=self._told.get("compiler_options") if context == "entry" else None,
                     pinned=self.pinned,
+                    frozen=frozen,
+                    written=written,
                     progress=progress,
                     stop=stop,
                 )
 
         # One thread at a time: the next one finds the plan in the table.
-        with self._tuning, Workers(1, _device(args or ())) as workers:
+        with self._tuning, Workers(1, device_of(args or ())) as workers:
             tuning = workers.submit(work)
             try:
                 return tuning.result()
@@ -234,9 +251,3 @@ class AutoLayout:
 def _array(leaf: Any, aval: Any) -> Any:
     """An argument as jit makes an array of it."""
     return leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
-
-
-def _device(args: Sequence[Any]) -> Any:
-    """The device that a call with these arguments runs on, where they say so."""
-    committed = [x for x in args if isinstance(x, jax.Array) and x.committed]
-    return min(committed[0].sharding.addressable_devices, key=lambda d: d.id) if committed else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,9 +30,10 @@ class ProgramKey:
     """The sizes of all arguments' axes."""
 
 
-def program_key(jaxpr: Any) -> ProgramKey:
-    """The key of a closed jaxpr."""
-    full, bare = hashlib.sha256(), hashlib.sha256()
+def program_key(jaxpr: Any, frozen: Sequence[bool] = ()) -> ProgramKey:
+    """The key of a closed jaxpr, some of whose arguments may be frozen."""
+    marks = b"".join(b"01"[held : held + 1] for held in frozen)
+    full, bare = hashlib.sha256(marks), hashlib.sha256(marks)
     for exact, rough in _tokens(jaxpr):
         full.update(exact.encode() + b"\0")
         bare.update(rough.encode() + b"\0")

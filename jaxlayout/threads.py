@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 
 class Workers(ThreadPoolExecutor):
@@ -47,3 +48,16 @@ class Workers(ThreadPoolExecutor):
             ):
                 stack.enter_context(setting)
             yield
+
+
+def is_real(arg: Any) -> bool:
+    """Whether a worker can compute with an argument: it is neither traced, nor a mere shape, nor donated already."""
+    unreal = isinstance(arg, Tracer | jax.ShapeDtypeStruct)
+    return not unreal and not (isinstance(arg, jax.Array) and arg.is_deleted())
+
+
+def device_of(args: Sequence[Any]) -> Any:
+    """The device that a call with these arguments runs on, where they say so."""
+    arrays = (x for x in args if isinstance(x, jax.Array) and not isinstance(x, Tracer))
+    committed = [x for x in arrays if x.committed]
+    return min(committed[0].sharding.addressable_devices, key=lambda d: d.id) if committed else None

@@ -37,6 +37,8 @@ from jaxlayout.options import Options
 from jaxlayout.program import ProgramKey, equations, has_effects, needs_real_arguments, program_key
 from jaxlayout.progress import Progress, Silent
 from jaxlayout.retrace import retrace
+from jaxlayout.split import Split, flattened
+from jaxlayout.still import still_values
 from jaxlayout.threads import Workers
 
 logger = logging.getLogger("jaxlayout")
@@ -63,15 +65,17 @@ class Outcome:
     """Spent on tuning when the plan was made."""
     measured: int = 0
     """How many convolutions and transposes were timed for it."""
+    folded: bool = False
+    """Whether the plan is for a program with scales folded into its kernels."""
 
     @property
     def kept(self) -> bool:
         """Whether the rewritten function runs."""
-        return self.verdict.kept and not self.plan.trivial
+        return self.verdict.kept and (self.folded or not self.plan.trivial)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        rest = {"source": self.source, "seconds": self.seconds, "measured": self.measured}
+        rest = {name: getattr(self, name) for name in ("source", "seconds", "measured", "folded")}
         return rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
 
     @classmethod
@@ -127,27 +131,32 @@ def tune(
     context: Context = "entry",
     compiler_options: CompilerOptions = None,
     pinned: Plan | None = None,
+    frozen: Sequence[bool] = (),
+    written: Any = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> Outcome:
     """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
 
-    `args`: flat arguments to judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a
-    pinned plan that does not fit; whatever else goes wrong leaves the program as it is, with the reason.
+    `frozen`: which arguments are, if any: what depends on them alone is done once, and judged so. `written`: the
+    program of the same arguments to hold it against, where it is not the jaxpr itself. `args`: flat arguments to
+    judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
+    whatever else goes wrong leaves the program as it is, with the reason.
     """
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
     if pinned is not None:
         check_fit(jaxpr, pinned)
-        return Outcome(plan=pinned, verdict=Verdict(kept=True, reason="pinned", cause="untried"), source="pinned")
+        verdict = Verdict(kept=True, reason="pinned", cause="untried")
+        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=written is not None)
     if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
-        line = _Line(jaxpr, args, options, context, compiler_options, progress, stop)
+        line = _Line(jaxpr, args, options, context, compiler_options, frozen, written, progress, stop)
         if (stored := line.stored()) is not None:
             return replace(stored, source="stored")
-        outcome = replace(line.run(), seconds=time.monotonic() - start)
+        outcome = replace(line.run(), seconds=time.monotonic() - start, folded=written is not None)
         if not stop.is_set() and outcome.source != "heuristic":
             line.store(outcome)
         return outcome
@@ -168,17 +177,20 @@ class _Line:
         options: Options,
         context: Context,
         compiler_options: CompilerOptions,
+        frozen: Sequence[bool],
+        written: Any,
         progress: Progress,
         stop: threading.Event,
     ):
         self.jaxpr, self.args, self.options = jaxpr, args, options
+        self.frozen, self.written, self.folded = frozen, jaxpr if written is None else written, written is not None
         self.context: Context = context
         self.compiler_options = compiler_options
         self.progress, self.stop = progress, stop
         config: Any = jax.config
         self.device = config.jax_default_device or jax.local_devices()[0]
         self.table = open_table(options.table)
-        self.key: ProgramKey = program_key(jaxpr)
+        self.key: ProgramKey = program_key(jaxpr, frozen)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": options.numerics}
         told = {"compiler_options": json.dumps(compiler_options, sort_keys=True) if compiler_options else ""}
@@ -232,7 +244,8 @@ class _Line:
             ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
             return [way for way in ways if way == written or way in wanted] if near else ways
 
-        return build_graph(self.jaxpr, enumerate_candidates, self.context)
+        still = still_values(self.jaxpr, self.frozen) if any(self.frozen) else ()
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, still)
 
     def run(self) -> Outcome:
         near = self.nearest()
@@ -298,30 +311,45 @@ class _Line:
 
     def judge(self, plan: Plan) -> Verdict:
         """Rewritten against original, as whole functions."""
-        if plan.trivial:
+        if plan.trivial and not self.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
         self.progress.stage("judging")
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
-                compiling = pool.submit(compile_in, self.context, retrace(self.jaxpr, plan), *self.compiled_for)
+                compiling = pool.submit(self.rewritten, plan)
                 try:
                     before = self.original
                 except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
                     return self.untried(plan, f"it cannot stand alone: {error}")
             try:
-                after = compiling.result()
+                after, split = compiling.result()
             except Exception as error:
                 return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
+            trial = None if self.not_to_be_run else self.trial_arguments
+            if split is not None and trial is not None:
+                after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
             verdict = accept(
                 before,
                 after,
-                None if self.not_to_be_run else self.trial_arguments,
+                trial,
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
                 relax=self.options.relax,
             )
         return self.untried(plan, self.not_to_be_run) if self.not_to_be_run and verdict.kept else verdict
+
+    def rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
+        """The program under a plan, compiled; where arguments are frozen the part that each call runs, which wants
+        what the other part prepares before its arguments."""
+        function = retrace(self.jaxpr, plan)
+        if not any(self.frozen):
+            return compile_in(self.context, function, *self.compiled_for), None
+        split = Split.of(flattened(function, self.shapes, expand=self.context == "entry"), self.frozen)
+        held, rest = split.sides(self.shapes)
+        kept = jax.eval_shape(split.prepare, held) if self.args is None else split.prepare(held)
+        compiled = compile_in(self.context, split.run, (*kept, *rest), self.compiler_options)
+        return replace(compiled, takes=tuple(i for i, held in enumerate(self.frozen) if not held)), split
 
     @property
     def not_to_be_run(self) -> str:
@@ -334,12 +362,12 @@ class _Line:
 
     def untried(self, plan: Plan, why: str) -> Verdict:
         """The verdict where the function is not run: the model alone decides."""
-        kept = plan.predicted_ns < plan.written_ns
+        kept = plan.predicted_ns < plan.written_ns or self.folded
         return Verdict(kept=kept, reason=f"not run on trial: {why}", cause="untried")
 
     def replay(self, *flat: Any) -> list[Any]:
-        """The original program."""
-        return eval_equations(self.jaxpr, flat, lambda eqn, operands: None)
+        """The original program, every time all of it."""
+        return eval_equations(self.written, flat, lambda eqn, operands: None)
 
     @property
     def shapes(self) -> Sequence[Any]:

@@ -33,4 +33,6 @@ _AS_THEY_ARE = (
     *("static_argnums", "static_argnames", "donate_argnums", "donate_argnames"),
     *("keep_unused", "inline", "device", "backend"),
 )
+NOT_NESTED = ("compiler_options", "device", "backend")
+"""What jit refuses, or ignores, inside another jit."""
 _jitted = jax.jit(lambda: None)

@@ -346,9 +346,11 @@ class Compiled:
     program: Any
     first: tuple[Any, ...] = ()
     """What the program takes before the function's own arguments."""
+    takes: tuple[int, ...] | None = None
+    """Which of those arguments it takes; None for all."""
 
     def __call__(self, *args: Any) -> Any:
-        return self.program(*self.first, *args)
+        return self.program(*self.first, *(args if self.takes is None else (args[i] for i in self.takes)))
 
 
 def compile_in(

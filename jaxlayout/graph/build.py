@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -93,6 +93,8 @@ class LayoutGraph:
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
+    still: frozenset[int] = frozenset()
+    """The values that are computed once, ahead of all calls: to convert them costs nothing."""
 
     @property
     def sites(self) -> tuple[Node, ...]:
@@ -112,16 +114,21 @@ class LayoutGraph:
 Enumerate = Callable[[ConvSignature, Candidate], Sequence[Candidate]]
 
 
-def build_graph(jaxpr: Any, enumerate_candidates: Enumerate, context: Context = "entry") -> LayoutGraph:
+def build_graph(
+    jaxpr: Any,
+    enumerate_candidates: Enumerate,
+    context: Context = "entry",
+    still: Collection[Any] = (),
+) -> LayoutGraph:
     """The graph of a closed jaxpr. `enumerate_candidates(signature, as written)` gives the ways to compute a
-    convolution, the written one first."""
+    convolution, the written one first. `still`: the variables of the jaxpr that are computed once."""
     builder = _Builder(enumerate_candidates, context)
     outer = open_jaxpr(jaxpr)
     env = {var: builder.produced(var.aval, (), i, "input") for i, var in enumerate(outer.invars)}
     outs = builder.region(jaxpr, env, ())
     for i, (value, rank) in enumerate(outs):
         builder.add((), "output", i, [value], [], _only([rank], []))
-    return builder.finish()
+    return replace(builder.finish(), still=frozenset(env[var][0] for var in still if var in env))
 
 
 @dataclass(slots=True)

@@ -82,7 +82,7 @@ class _Problem:
 
     def ns(self, value: int, held: Order, wanted: Order) -> float:
         described = self.graph.values[value]
-        if not moves_data(described.shape, held, wanted):
+        if value in self.graph.still or not moves_data(described.shape, held, wanted):
             return 0.0
         return self.conversion_ns(described.shape, described.dtype, held, wanted)
 
@@ -124,16 +124,18 @@ def wiring(graph: LayoutGraph) -> tuple[dict[int, tuple[int, int]], dict[int, di
 
 def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, ...]:
     """The transposes that a program has under these modes: one for each order that a value is wanted in and
-    was not produced in, however many want it."""
+    was not produced in, however many want it. Those that are done once are not among them."""
     producers, consumers = wiring(graph)
     found = [
         Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path)
         for node, mode in zip(graph.nodes, modes, strict=True)
-        if node.moved is not None and mode is node.modes[0]
+        if node.moved is not None and mode is node.modes[0] and node.results[0] not in graph.still
         for described in (graph.values[node.results[0]],)
         if moves_data(described.shape, node.moved, mode.results[0])
     ]
     for value, (producer, slot) in producers.items():
+        if value in graph.still:
+            continue
         described, held = graph.values[value], modes[producer].results[slot]
         made = {held}
         for consumer, slots in consumers[value].items():

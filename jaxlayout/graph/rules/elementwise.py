@@ -23,6 +23,8 @@ def _axes(eqn) -> Labelling | None:
     return same_axes(eqn)
 
 
-for _name in _NAMES.split():  # a few exist in one JAX version only
-    if (_primitive := getattr(p, f"{_name}_p", None)) is not None:
-        register_rule(_primitive, Rule(_axes))
+ELEMENTWISE = frozenset(getattr(p, f"{name}_p") for name in _NAMES.split() if hasattr(p, f"{name}_p"))
+"""Those of this JAX: a few exist in one version only."""
+
+for _primitive in sorted(ELEMENTWISE, key=str):
+    register_rule(_primitive, Rule(_axes))

@@ -1,0 +1,246 @@
+"""`Frozen`: a function under `auto_layout` some of whose arguments are given once and for all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, unspecified_sharding
+from jaxlayout.convs.signature import Context
+from jaxlayout.fold import fold
+from jaxlayout.graph.plan import Plan
+from jaxlayout.report import Explanation, explain
+from jaxlayout.retrace import retrace
+from jaxlayout.split import Split, flattened
+from jaxlayout.threads import Workers, device_of, is_real
+from jaxlayout.tune import Outcome
+from jaxlayout.wrapped import NOT_NESTED, jit_settings
+
+if TYPE_CHECKING:
+    from jaxlayout.api import AutoLayout
+
+_TRACED_UNDER = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
+"""Settings that change what a function is traced to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What has been made for arguments of some shapes."""
+
+    run: Any
+    """The jitted part that depends on the other arguments: what was kept, then their leaves."""
+    kept: tuple[jax.Array, ...]
+    jaxpr: Any
+    outcome: Outcome
+
+
+class Frozen:
+    """`auto_layout(f).freeze(...)`: called with the arguments that were not given there.
+
+    For each new set of shapes of those the function is planned, and what depends on frozen arguments alone is computed,
+    once; the arrays that come of it are arguments of the function that calls run, so the compiler sees no constants.
+    Inside another transformation of JAX they are prepared just so, but each convolution stays one, with a convolution's
+    derivative and batch. Where a frozen argument is being traced itself nothing is prepared.
+    """
+
+    def __init__(self, layout: AutoLayout, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        """TypeError and ValueError as of `AutoLayout.freeze`."""
+        self._layout = layout
+        self._told = jit_settings(layout._entry)
+        try:
+            self._signature = inspect.signature(layout._fun)
+        except (TypeError, ValueError):  # of what is not written in Python
+            self._signature = None
+        self._count, self._keywords = len(args), frozenset(kwargs)
+        self._refuse_options()
+        if self._signature is not None:
+            self._signature.bind_partial(*args, **kwargs)
+        leaves, self._tree = jax.tree.flatten((args, kwargs))
+        # The caller may change a NumPy array later: what is frozen is what it is now.
+        self._leaves = [x.copy() if isinstance(x, np.ndarray) else x for x in leaves]
+        self._is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
+        self._static: dict[Any, tuple[bool, ...]] = {}
+        self._prepared: dict[Any, _Prepared] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found, rest = self._found(args, kwargs)
+        if found is None:
+            full, named = self._joined(args, kwargs)
+            return self._layout(*full, **named)
+        return found.run(found.kept, *rest)
+
+    def __repr__(self) -> str:
+        return f"{self._layout!r}.freeze(...)"
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        """As `jax.jit(f).trace`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
+        found, rest = self._found(args, kwargs)
+        if found is None:
+            full, named = self._joined(args, kwargs)
+            return self._layout.trace(*full, **named)
+        return found.run.trace(found.kept, *rest)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        """As `jax.jit(f).lower`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
+        return self.trace(*args, **kwargs).lower()
+
+    def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
+        """The plan for these arguments, the verdict on it and where it came from."""
+        found, _ = self._found(args, kwargs)
+        if found is None:
+            full, named = self._joined(args, kwargs)
+            return self._layout.outcome(*full, **named)
+        return found.outcome
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """The plan for these arguments; given to `auto_layout` it fits the function frozen in the same way."""
+        return self.outcome(*args, **kwargs).plan
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """What was chosen for these arguments and why; print it."""
+        found, _ = self._found(args, kwargs)
+        if found is None:
+            full, named = self._joined(args, kwargs)
+            return self._layout.explain(*full, **named)
+        return explain(found.jaxpr, found.outcome)
+
+    def clear_cache(self) -> None:
+        """Forget what was prepared and compiled. The plans stay in the table."""
+        self._prepared.clear()
+
+    def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Prepared | None, list[Any]]:
+        """What is prepared for such arguments, made if need be, and their leaves; None where nothing can be."""
+        config: Any = jax.config
+        leaves, tree = jax.tree.flatten((args, kwargs))
+        if tree not in self._static:
+            self._refuse_again(len(args), kwargs)
+            self._static[tree] = self._marked("static", args, kwargs, self._count)
+        static = self._static[tree]
+        if self._is_traced or config.jax_disable_jit:
+            return None, []
+        rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
+        nested = am_i_under_a_jit()
+        whole = nested or any(isinstance(leaf, Tracer) for leaf in rest)
+        kinds = [(type(leaf), leaf) if fixed else jax.typeof(leaf) for leaf, fixed in zip(leaves, static, strict=True)]
+        settings = [getattr(config, name) for name in _TRACED_UNDER]
+        key = (tree, nested, whole, *settings, *kinds)
+        if key not in self._prepared:
+            made = self._prepare(args, kwargs, "nested" if nested else "entry", whole)
+            if made is None:
+                return None, []
+            self._prepared[key] = made
+        return self._prepared[key], rest
+
+    def _prepare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context, whole: bool
+    ) -> _Prepared | None:
+        """Trace the function, plan it, and compute what holds still. `whole`: convolutions are to stay convolutions.
+        None where the function closes over values that are being traced."""
+        own_args, own_kwargs = jax.tree.unflatten(self._tree, self._leaves)
+        leaves, tree = jax.tree.flatten(((own_args, own_kwargs), (args, kwargs)))
+        own_static = self._marked("static", own_args, own_kwargs, 0, len(args))
+        static = (*own_static, *self._marked("static", args, kwargs, self._count))
+        places = [i for i, fixed in enumerate(static) if not fixed]
+        frozen = [i < len(own_static) for i in places]
+        out_trees: list[Any] = []
+
+        def flat(*dynamic: Any) -> list[Any]:
+            full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
+            (args, kwargs), (more, named) = jax.tree.unflatten(tree, full.values())
+            outs, out_tree = jax.tree.flatten(self._layout._fun(*args, *more, **kwargs, **named))
+            out_trees.append(out_tree)
+            return outs
+
+        arrays = [leaves[i] for i in places]
+        jaxpr = flattened(flat, arrays)
+        if outer := list(consts_of(jaxpr)):
+            if any(isinstance(const, Tracer) for const in outer):
+                return None
+            jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
+            frozen = [True] * len(outer) + frozen
+        concrete = arrays if context == "entry" and all(map(is_real, arrays)) else None
+        program = fold(jaxpr, frozen, arrays)
+        outcome = self._layout._tuned(program, concrete, context, frozen, None if program is jaxpr else jaxpr)
+        if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
+            program = jaxpr
+            outcome = self._layout._tuned(program, concrete, context, frozen)
+
+        def chosen(*flat: Any) -> list[Any]:
+            if outcome.kept:
+                return retrace(program, outcome.plan)(*flat)
+            return eval_equations(jaxpr, flat, lambda eqn, operands: None)
+
+        split = Split.of(flattened(chosen, arrays, expand=not whole), frozen)
+
+        def prepare() -> tuple[jax.Array, ...]:
+            own, _ = split.sides(arrays)
+            return split.prepare([x if isinstance(x, jax.Array) else jnp.asarray(x) for x in own])
+
+        def run(kept: Sequence[Any], *rest: Any) -> Any:
+            return jax.tree.unflatten(out_trees[0], split.run(*kept, *rest))
+
+        run.__name__ = run.__qualname__ = getattr(self._layout._fun, "__name__", "function")
+        wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
+        told = {name: self._told[name] for name in wanted if name in self._told}
+        donated = self._marked("donate", args, kwargs, self._count)
+        moving = (gone for gone, fixed in zip(donated, static[len(own_static) :], strict=True) if not fixed)
+        run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
+        with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
+            return _Prepared(run=run, kept=workers.submit(prepare).result(), jaxpr=program, outcome=outcome)
+
+    def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        held, named = jax.tree.unflatten(self._tree, self._leaves)
+        return (*held, *args), named | kwargs
+
+    def _marked(
+        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: int, after: int = 0
+    ) -> tuple[bool, ...]:
+        """Of each leaf of some arguments, whether the function's jit was told that the argument is static, or to be
+        donated. `before`, `after`: how many positional arguments stand before and after them."""
+        count = before + len(args) + after
+        numbers = {n % max(1, count) if n < 0 else n for n in self._told[f"{what}_argnums"]}
+        names = self._told[f"{what}_argnames"]
+        marks = tuple(before + i in numbers for i in range(len(args))), {name: name in names for name in kwargs}
+        return tuple(jax.tree.leaves(jax.tree.broadcast(marks, (args, kwargs))))
+
+    def _frozen_names(self) -> dict[str, None]:
+        """The names of the frozen arguments, as far as the function's signature tells them."""
+        return dict.fromkeys((*self._positional()[: self._count], *self._keywords))
+
+    def _positional(self) -> list[str]:
+        """The names of what can be given by position."""
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = () if self._signature is None else self._signature.parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind in kinds]
+
+    def _refuse_options(self) -> None:
+        """What cannot be had together with freezing."""
+        positional = self._positional()
+        numbers = {n % len(positional) if n < 0 and positional else n for n in self._told["donate_argnums"]}
+        again = [name for name in self._keywords if name in self._told["donate_argnames"]]
+        again += [positional[n] if n < len(positional) else f"number {n}" for n in numbers if n in range(self._count)]
+        if again:
+            raise ValueError(f"freeze: argument {again[0]} is donated; frozen, it is needed again in every call")
+        shardings = jax.tree.leaves(self._told["in_shardings"])
+        if any(s is not unspecified_sharding() for s in shardings):
+            raise ValueError("freeze: of a function with in_shardings; put the arrays where they belong instead")
+
+    def _refuse_again(self, count: int, kwargs: dict[str, Any]) -> None:
+        """TypeError where a call gives what is frozen, or too much."""
+        positional = self._positional()
+        given = (*positional[self._count : self._count + count], *kwargs)
+        if again := [name for name in self._frozen_names() if name in given]:
+            raise TypeError(f"argument {again[0]} is frozen and cannot be given again")
+        if self._signature is None:
+            return
+        kinds = [parameter.kind for parameter in self._signature.parameters.values()]
+        left = len(positional) - self._count
+        if inspect.Parameter.VAR_POSITIONAL not in kinds and count > left:
+            raise TypeError(f"{count} positional arguments given, {max(0, left)} expected: {self._count} are frozen")
