@@ -73,7 +73,8 @@ def _kind(eqn: Any) -> str:
     """What stays of a convolution's size where the batch and the images change theirs."""
     if eqn.primitive not in CONVOLUTIONS:
         return ""
-    conv = ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params)
+    lhs, rhs = eqn.invars
+    conv = ConvSignature.of(lhs.aval, rhs.aval, eqn.params)
     still = (conv.batch,) if conv.is_kernel_gradient else (conv.in_features, *conv.kernel)
     steps = conv.strides, conv.lhs_dilation, conv.rhs_dilation, conv.feature_groups, conv.batch_groups
     return f"{still}{conv.out_features}{steps}{plain(eqn.params['dimension_numbers'])}"

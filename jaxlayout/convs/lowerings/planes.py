@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
@@ -22,7 +21,8 @@ class Planes(Composite):
     Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PARTS` taps or positions; any stride, kernel
     dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels last,
     and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the second
-    way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in float32 for half precision.
+    way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in float32 for
+    half precision.
     """
 
     name = "planes"
@@ -50,7 +50,8 @@ class Planes(Composite):
             rhs_dilation=conv.rhs_dilation[1:],
         )
         by = _by_position if _few_positions(conv) else _by_tap
-        return by(conv, flat, dims, lhs, rhs, partial(convolve, dims=_without_depth(dims)))
+        order = _without_depth(dims)
+        return by(conv, flat, dims, lhs, rhs, lambda part, lhs, rhs: convolve(part, order, lhs, rhs))
 
 
 def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: Any, convolve: Any) -> jax.Array:
@@ -71,7 +72,7 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
             planes = lax.slice_in_dim(lhs, first * stride - shift, last * stride - shift + 1, stride, axis=1)
         part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=wide)
         kernel = lax.index_in_dim(rhs, tap, dims.rhs.axes.index("D"), keepdims=False)
-        summand = convolve(part, lhs=_merged(planes, 1), rhs=kernel)
+        summand = convolve(part, _merged(planes, 1), kernel)
         summand = lax.reshape(summand, (*planes.shape[:2], *shape[2:]))
         edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
         # A barrier, or all summands are kept until the last is there.
@@ -92,7 +93,7 @@ def _by_position(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, 
         if count:
             planes = lax.slice_in_dim(lhs, first * step - shift, last * step - shift + 1, step, axis=lhs_depth)
             kernel = lax.slice_in_dim(rhs, first, last + 1, axis=rhs_depth)
-            out = convolve(part, lhs=_merged(planes, lhs_depth), rhs=_merged(kernel, rhs_depth))
+            out = convolve(part, _merged(planes, lhs_depth), _merged(kernel, rhs_depth))
         else:
             out = lax.full(part.out_shape(_without_depth(dims).out), 0, conv.out_dtype)
         outs.append(lax.expand_dims(out, (at,)))
