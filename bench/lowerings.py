@@ -7,7 +7,8 @@ Columns: medians in ms; ratio, the median of pairwise ratios, half its interquar
 chosen; largest errors against a float64 run, relative to its rms; arithmetic and memory traffic of the tuned function
 with their shares of the machine's peaks (`bench.roofline`), and which of the two bounds it. Arithmetic counts products
 of two elements, none with a zero of the padding or of a dilation; traffic each operand and result once. The memory
-limit is lifted: beside one convolution of XLA's own, which counts none, any temporary memory is much; in a network it is not.
+limit is lifted: beside one convolution of XLA's own, which counts none, any temporary memory is much; in a network it
+is not.
 """
 
 from __future__ import annotations

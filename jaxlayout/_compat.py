@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -13,6 +14,15 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 
 am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
+
+
+with ThreadPoolExecutor(1) as _thread:  # this module may be imported while something is traced
+    _top_level = _thread.submit(jex_core.get_opaque_trace_state).result()
+
+
+def at_top_level() -> bool:
+    """Whether no transformation of JAX is under way in this thread."""
+    return jex_core.get_opaque_trace_state() == _top_level
 
 
 def open_jaxpr(jaxpr: Any) -> Any:

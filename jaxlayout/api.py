@@ -10,7 +10,7 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, open_jaxpr
+from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, eval_equations, open_jaxpr
 from jaxlayout.convs.signature import Context
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
@@ -86,17 +86,33 @@ class AutoLayout:
         self._call = threading.local()  # the arguments of the call under way, for judging
         self._tuning = threading.Lock()
         self._told = told
-        self._entry: Any = jax.jit(self._body("entry"), **told)
+        self._compile_with(None if pinned is None else pinned.compiler_options)
+        self._traced: Any = jax.jit(self._body("entry"), **told)
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if am_i_under_a_jit():
-            return self._nested(*args, **kwargs)
+        if not at_top_level():
+            return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
             return self._entry(*args, **kwargs)
+        except _CompileWith as wanted:
+            self._compile_with(wanted.options)
+            return self._decided(lambda: self._entry(*args, **kwargs))
         finally:
             self._call.arguments = None
+
+    def _compile_with(self, options: Mapping[str, str] | None) -> None:
+        """Make what calls run, with some compiler options beside those that the user told (None: not decided yet).
+
+        One jit serves all shapes, for the sake of its fast calls. So the first program that is planned decides, and one
+        that would rather do without decides against them for good.
+        """
+        self._options = options
+        told = self._told | (
+            {"compiler_options": (self._told.get("compiler_options") or {}) | options} if options else {}
+        )
+        self._entry: Any = jax.jit(self._body("entry", decides=True), **told)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -123,11 +139,19 @@ class AutoLayout:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        return self._entry.trace(*args, **kwargs)
+        return self._decided(lambda: self._entry.trace(*args, **kwargs))
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        return self._entry.lower(*args, **kwargs)
+        return self._decided(lambda: self._entry.lower(*args, **kwargs))
+
+    def _decided(self, run: Callable[[], Any]) -> Any:
+        """What `run` gives, once the compiler options are settled."""
+        while True:
+            try:
+                return run()
+            except _CompileWith as wanted:
+                self._compile_with(wanted.options)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
@@ -136,6 +160,7 @@ class AutoLayout:
     def clear_cache(self) -> None:
         """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
         self._entry.clear_cache()
+        self._traced.clear_cache()
         self._nested.clear_cache()
 
     def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
@@ -161,8 +186,11 @@ class AutoLayout:
             self._call.arguments = None
         return seen[0]
 
-    def _body(self, context: Context, seen: Callable[[Any], None] | None = None) -> Callable[..., Any]:
-        """What is jitted: the user's function traced, tuned, and evaluated under its plan."""
+    def _body(
+        self, context: Context, seen: Callable[[Any], None] | None = None, *, decides: bool = False
+    ) -> Callable[..., Any]:
+        """What is jitted: the user's function traced, tuned, and evaluated under its plan. `decides`: the plan may want
+        compiler options, and `_CompileWith` is raised where they are not those of this jit."""
         fun = self._fun
 
         @functools.wraps(fun, updated=())
@@ -189,7 +217,10 @@ class AutoLayout:
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
                 outer = consts_of(jaxpr)
                 jaxpr, arrays, concrete = consts_as_arguments(jaxpr, arrays), [*outer, *arrays], None
-            outcome = self._tuned(jaxpr, concrete, context)
+            choose = (decides or seen is not None) and self._options != {}
+            outcome = self._tuned(jaxpr, concrete, context, choose_options=choose)
+            if decides and outcome.plan.compiler_options != (self._options or {}):
+                raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
                 seen((jaxpr, outcome))
             if outcome.kept:
@@ -217,6 +248,7 @@ class AutoLayout:
         context: Context,
         frozen: Sequence[bool] = (),
         written: Any = None,
+        choose_options: bool = False,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
         stop = threading.Event()
@@ -231,6 +263,7 @@ class AutoLayout:
                     self.options,
                     context=context,
                     compiler_options=self._told.get("compiler_options") if context == "entry" else None,
+                    choose_options=choose_options,
                     pinned=self.pinned,
                     frozen=frozen,
                     written=written,
@@ -246,6 +279,14 @@ class AutoLayout:
             except KeyboardInterrupt:
                 stop.set()  # what has been measured is in the table: the next call goes on from there
                 raise
+
+
+class _CompileWith(Exception):
+    """Leaves a trace that is under way in a jit with other compiler options."""
+
+    def __init__(self, options: Mapping[str, str]):
+        super().__init__(options)
+        self.options = options
 
 
 def _array(leaf: Any, aval: Any) -> Any:

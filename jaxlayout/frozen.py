@@ -167,10 +167,12 @@ class Frozen:
             frozen = [True] * len(outer) + frozen
         concrete = arrays if context == "entry" and all(map(is_real, arrays)) else None
         program = fold(jaxpr, frozen, arrays)
-        outcome = self._layout._tuned(program, concrete, context, frozen, None if program is jaxpr else jaxpr)
+        choose = context == "entry" and not whole
+        written = None if program is jaxpr else jaxpr
+        outcome = self._layout._tuned(program, concrete, context, frozen, written, choose)
         if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
             program = jaxpr
-            outcome = self._layout._tuned(program, concrete, context, frozen)
+            outcome = self._layout._tuned(program, concrete, context, frozen, None, choose)
 
         def chosen(*flat: Any) -> list[Any]:
             if outcome.kept:
@@ -189,6 +191,8 @@ class Frozen:
         run.__name__ = run.__qualname__ = getattr(self._layout._fun, "__name__", "function")
         wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
         told = {name: self._told[name] for name in wanted if name in self._told}
+        if choose and outcome.plan.compiler_options:
+            told["compiler_options"] = told.get("compiler_options", {}) | dict(outcome.plan.compiler_options)
         donated = self._marked("donate", args, kwargs, self._count)
         moving = (gone for gone, fixed in zip(donated, static[len(own_static) :], strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)

@@ -7,10 +7,11 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -46,6 +47,12 @@ logger = logging.getLogger("jaxlayout")
 MEMORY_PRICES = (0.5, 4.0, *[32.0] * 6)
 """What a byte of temporary memory costs, in passes over it, each time that the plan before needed too much; at the
 highest price one more lowering is ruled out each time."""
+
+OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
+"""Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
+0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
+WORTHWHILE = 1.02
+"""What compiler options must gain on a plan before the program is planned for them."""
 
 
 class TableMiss(LookupError):
@@ -130,6 +137,7 @@ def tune(
     *,
     context: Context = "entry",
     compiler_options: CompilerOptions = None,
+    choose_options: bool = False,
     pinned: Plan | None = None,
     frozen: Sequence[bool] = (),
     written: Any = None,
@@ -138,10 +146,11 @@ def tune(
 ) -> Outcome:
     """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
 
-    `frozen`: which arguments are, if any: what depends on them alone is done once, and judged so. `written`: the
-    program of the same arguments to hold it against, where it is not the jaxpr itself. `args`: flat arguments to
-    judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
-    whatever else goes wrong leaves the program as it is, with the reason.
+    `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
+    if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
+    it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones. Raises
+    TableMiss if asked to, ValueError for a pinned plan that does not fit; whatever else goes wrong leaves the program
+    as it is, with the reason.
     """
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
@@ -153,10 +162,13 @@ def tune(
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
-        line = _Line(jaxpr, args, options, context, compiler_options, frozen, written, progress, stop)
+        line = _Line(jaxpr, args, options, context, compiler_options, choose_options, frozen, written, progress, stop)
         if (stored := line.stored()) is not None:
             return replace(stored, source="stored")
-        outcome = replace(line.run(), seconds=time.monotonic() - start, folded=written is not None)
+        outcome = line.run()
+        for extra in OPTION_SETS.get(line.device.platform, ()) if line.may_choose(outcome) else ():
+            outcome = line.under(extra, outcome)
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=written is not None)
         if not stop.is_set() and outcome.source != "heuristic":
             line.store(outcome)
         return outcome
@@ -176,16 +188,20 @@ class _Line:
         args: Sequence[Any] | None,
         options: Options,
         context: Context,
-        compiler_options: CompilerOptions,
+        told: CompilerOptions,
+        choose_options: bool,
         frozen: Sequence[bool],
         written: Any,
         progress: Progress,
         stop: threading.Event,
+        extra: Mapping[str, str] = MappingProxyType({}),
     ):
+        self.given = jaxpr, args, options, context, told, choose_options, frozen, written, progress, stop
         self.jaxpr, self.args, self.options = jaxpr, args, options
         self.frozen, self.written, self.folded = frozen, jaxpr if written is None else written, written is not None
         self.context: Context = context
-        self.compiler_options = compiler_options
+        self.told, self.choose_options, self.extra = told, choose_options, extra
+        self.compiler_options: CompilerOptions = {**(told or {}), **extra} or None
         self.progress, self.stop = progress, stop
         config: Any = jax.config
         self.device = config.jax_default_device or jax.local_devices()[0]
@@ -193,10 +209,13 @@ class _Line:
         self.key: ProgramKey = program_key(jaxpr, frozen)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": options.numerics}
-        told = {"compiler_options": json.dumps(compiler_options, sort_keys=True) if compiler_options else ""}
-        self.environment = current_environment(self.device, told).fingerprint
+        compiled = {
+            "compiler_options": json.dumps(self.compiler_options, sort_keys=True) if self.compiler_options else ""
+        }
+        self.environment = current_environment(self.device, compiled).fingerprint
         choices = {"context": context, "memory": options.memory_limit, "verdict": options.verdict}
-        self.plans = current_environment(self.device, versions | rules | choices | told).fingerprint
+        choices |= {"options": OPTION_SETS if choose_options else ""}
+        self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
         self.model = CostModel(
             self.table,
             self.environment if options.numerics == "strict" else self.environment + "-relaxed",
@@ -269,6 +288,27 @@ class _Line:
                 break
         return outcome
 
+    def may_choose(self, outcome: Outcome) -> bool:
+        """Whether compiler options are worth a try: only where whole functions may be timed."""
+        timed = self.options.verdict and self.options.on_miss == "measure" and not self.not_to_be_run
+        sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
+        return self.choose_options and timed and sound and not self.out_of_time()
+
+    def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
+        """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
+        tried with them, and only where that is faster the program is planned for them."""
+        line = _Line(*self.given, extra=extra)
+        line.__dict__ |= {"original": self.original, "trial_arguments": self.trial_arguments}
+
+        def gain(outcome: Outcome) -> float:
+            return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
+
+        plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
+        same = replace(best, plan=plan, verdict=line.judge(plan))
+        if gain(same) < WORTHWHILE * gain(best):
+            return best
+        return max(best, same, line.run(), key=gain)
+
     def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
         """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
         Those that no plan wants are never measured."""
@@ -276,6 +316,7 @@ class _Line:
         while True:
             self.progress.stage("solving")
             plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
+            plan = replace(plan, compiler_options=self.extra)
             done = self.measure("conversions", self.model.missing_conversions(plan))
             if not done:
                 return plan, measured
@@ -344,7 +385,7 @@ class _Line:
         what the other part prepares before its arguments."""
         function = retrace(self.jaxpr, plan)
         if not any(self.frozen):
-            return compile_in(self.context, function, *self.compiled_for), None
+            return compile_in(self.context, function, self.shapes, self.compiler_options), None
         split = Split.of(flattened(function, self.shapes, expand=self.context == "entry"), self.frozen)
         held, rest = split.sides(self.shapes)
         kept = jax.eval_shape(split.prepare, held) if self.args is None else split.prepare(held)
@@ -375,15 +416,10 @@ class _Line:
         avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
         return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals] if self.args is None else self.args
 
-    @property
-    def compiled_for(self) -> tuple[Sequence[Any], CompilerOptions]:
-        """The arguments and options that both functions are compiled for."""
-        return self.shapes, self.compiler_options
-
     @cached_property
     def original(self) -> Compiled:
-        """The original, compiled."""
-        return compile_in(self.context, self.replay, *self.compiled_for)
+        """The original, compiled as the user told."""
+        return compile_in(self.context, self.replay, self.shapes, self.told)
 
     @cached_property
     def trial_arguments(self) -> Sequence[Any]:

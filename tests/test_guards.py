@@ -645,12 +645,12 @@ def test_a_plan_is_saved_loaded_and_pinned(forced, monkeypatch, tmp_path):
         [],
         {},
         {"format": 99},
-        {"format": 1, "choices": 3},
-        {"format": 1, "choices": [[[0], [[0, 0]], [[0]], None]], "conversions": []},
-        {"format": 1, "choices": [[[0], [[0]], [[0]], "xla"]], "conversions": []},
-        {"format": 1, "choices": [[[0], [[0]], [[0]], "xla:NCHW"]], "conversions": []},
-        {"format": 1, "choices": [], "conversions": [[1]]},
-        {"format": 1, "choices": [], "conversions": [], "predicted_ns": "fast"},
+        {"format": 2, "choices": 3},
+        {"format": 2, "choices": [[[0], [[0, 0]], [[0]], None]], "conversions": []},
+        {"format": 2, "choices": [[[0], [[0]], [[0]], "xla"]], "conversions": []},
+        {"format": 2, "choices": [[[0], [[0]], [[0]], "xla:NCHW"]], "conversions": []},
+        {"format": 2, "choices": [], "conversions": [[1]]},
+        {"format": 2, "choices": [], "conversions": [], "predicted_ns": "fast"},
     ],
 )
 def test_what_is_no_plan(tmp_path, data):

@@ -13,7 +13,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +41,17 @@ class Plan:
     bound_ns: float = 0.0
     """No plan over the same candidates and costs is cheaper."""
     exact: bool = True
+    compiler_options: Mapping[str, str] = field(default_factory=dict)
+    """What the whole program is compiled with beside what the user told `jax.jit`."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+        object.__setattr__(self, "compiler_options", MappingProxyType(dict(self.compiler_options)))
 
     @property
     def trivial(self) -> bool:
         """Nothing is to change."""
-        return not self.choices
+        return not self.choices and not self.compiler_options
 
     @property
     def gap(self) -> float:
@@ -75,6 +78,7 @@ class Plan:
             "written_ns": self.written_ns,
             "bound_ns": self.bound_ns,
             "exact": self.exact,
+            "compiler_options": dict(self.compiler_options),
         }
 
     @classmethod
@@ -96,6 +100,7 @@ class Plan:
                 written_ns=float(data["written_ns"]),
                 bound_ns=float(data["bound_ns"]),
                 exact=bool(data["exact"]),
+                compiler_options={str(name): str(value) for name, value in data["compiler_options"].items()},
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error

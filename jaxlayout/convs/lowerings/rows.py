@@ -51,46 +51,52 @@ class Rows(Lowering):
         if 0 in (*shape, *lhs.shape, *prepared.shape):
             return lax.full(shape, 0, conv.out_dtype)
         padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in conv.padding), (0, 0, 0)]
-        lhs = _groups_last(lax.pad(lhs, lax.full((), 0, lhs.dtype), padding), conv.batch_groups)
-        rhs = _groups_last(prepared, conv.batch_groups)
+        groups, inputs = conv.batch_groups, conv.batch // conv.batch_groups
+        outputs = conv.out_features // groups
+        # A group of one feature is a plain vector: XLA's loops over unit axes are slow.
+        ones = inputs == outputs == 1
+        lhs = _groups_last(lax.pad(lhs, lax.full((), 0, lhs.dtype), padding), () if ones else (inputs, 1), groups)
+        rhs = _groups_last(prepared, () if ones else (1, outputs), groups)
         lhs, rhs = lax.optimization_barrier((lhs, rhs))
-        # The axes of both: images, spatial, features of a group, groups.
         *lead, row = conv.kernel
         *positions, width = conv.out_spatial
         *strides, stride = conv.strides
         *steps, step = conv.rhs_dilation
-        sums = (*positions, 1, lhs.shape[-2], rhs.shape[-2], conv.batch_groups)
-        chain = _chain(row, math.prod(sums) * width * conv.accumulator.itemsize)
-        sums = (*positions, row // chain, *sums[-3:])
+        features = (groups,) if ones else (inputs, outputs, groups)
+        chain = _chain(row, math.prod((*positions, width, *features)) * conv.accumulator.itemsize)
 
         def add_row(n: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
             at = jnp.unravel_index(n, (conv.in_features, *lead))
             reach = [(p - 1) * s + 1 for p, s in zip(positions, strides, strict=True)]
-            start = [at[0], *(i * d for i, d in zip(at[1:], steps, strict=True)), 0, 0, 0]
-            met = lax.dynamic_slice(lhs, start, (1, *reach, *lhs.shape[-3:]))[0]
+            whole = lhs.shape[len(at) :]
+            start = [at[0], *(i * d for i, d in zip(at[1:], steps, strict=True)), *[0] * len(whole)]
+            met = lax.dynamic_slice(lhs, start, (1, *reach, *whole))[0]
             met = met[tuple(slice(None, None, s) for s in strides)].astype(conv.accumulator)
-            given = lax.dynamic_slice(rhs, [*at, 0, 0, 0], (1,) * len(at) + rhs.shape[-3:])
-            given = lax.squeeze(given, range(len(at))).astype(conv.accumulator)
+            whole = rhs.shape[len(at) :]
+            given = lax.dynamic_slice(rhs, [*at, *[0] * len(whole)], (1,) * len(at) + whole)
+            given = lax.reshape(given, whole).astype(conv.accumulator)
 
             def added(tap: int, total: jax.Array) -> jax.Array:
                 for q in range(chain):
                     first, every = tap * stride + q * step, chain * step
                     last = first + (row // chain - 1) * every + 1
-                    view = lax.slice_in_dim(met, first, last, every, axis=met.ndim - 3)
-                    total = total + view[..., :, None, :] * given[q::chain, None, :, :]
+                    view = lax.slice_in_dim(met, first, last, every, axis=len(positions))
+                    total = total + view * given[q::chain]
                 return total
 
             return [added(tap, total) for tap, total in enumerate(totals)]
 
-        zeros = [lax.full(sums, 0, conv.accumulator)] * width
+        zeros = [lax.full((*positions, row // chain, *features), 0, conv.accumulator)] * width
         totals = lax.fori_loop(0, conv.in_features * math.prod(lead), add_row, zeros)
         out = jnp.stack([total.sum(len(positions)) for total in totals], len(positions))
-        return lax.reshape(jnp.swapaxes(out, -1, -2), shape).astype(conv.out_dtype)
+        out = out if ones else jnp.swapaxes(out, -1, -2)
+        return lax.reshape(out, shape).astype(conv.out_dtype)
 
 
-def _groups_last(array: jax.Array, groups: int) -> jax.Array:
-    """The last axis, groups of features, split in features and groups."""
-    return jnp.swapaxes(array.reshape(*array.shape[:-1], groups, -1), -1, -2)
+def _groups_last(array: jax.Array, features: tuple[int, ...], groups: int) -> jax.Array:
+    """The last axis, groups of features, split in the features and the groups."""
+    split = array.reshape(*array.shape[:-1], groups, *features)
+    return jnp.moveaxis(split, array.ndim - 1, -1)
 
 
 def _chain(row: int, nbytes: int) -> int:
