@@ -36,8 +36,8 @@ TOLERANCE = 3.0
 deviation 0.35*eps*sqrt(K) of the result's rms; five of those, the largest among a million outputs, are
 1.8*eps*sqrt(K); rounding an output as large as five rms adds 2.5*eps. Together, in square, about 3."""
 
-REFERENCE_MACS = 2 * 10**10
-"""The reference is computed for as many images as this many multiply-adds allow (about a second)."""
+REFERENCE_MACS = 5 * 10**9
+"""The reference is computed for as many images as this many multiply-adds allow (about a quarter of a second)."""
 
 ROUNDS, MIN_ROUNDS = 9, 3
 CANDIDATE_SECONDS = 0.35
