@@ -109,9 +109,9 @@ class AutoLayout:
         that would rather do without decides against them for good.
         """
         self._options = options
-        told = self._told | (
-            {"compiler_options": (self._told.get("compiler_options") or {}) | options} if options else {}
-        )
+        told = dict(self._told)
+        if options:
+            told["compiler_options"] = {**(told.get("compiler_options") or {}), **options}
         self._entry: Any = jax.jit(self._body("entry", decides=True), **told)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
