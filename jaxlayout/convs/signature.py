@@ -136,7 +136,8 @@ class ConvSignature:
     def is_kernel_gradient(self) -> bool:
         """Fewer positions of out than taps, as where autodiff computes a kernel's gradient with the cotangent in the
         kernel's place."""
-        return math.prod(self.out_spatial) < math.prod(self.kernel)
+        known = all(isinstance(size, int) for size in (*self.out_spatial, *self.kernel))  # and not symbolic
+        return known and math.prod(self.out_spatial) < math.prod(self.kernel)
 
     @property
     def accumulator(self) -> np.dtype:
