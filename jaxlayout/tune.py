@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -195,12 +195,13 @@ class _Line:
         progress: Progress,
         stop: threading.Event,
         extra: Mapping[str, str] = MappingProxyType({}),
+        without: CostModel | None = None,
     ):
         self.given = jaxpr, args, options, context, told, choose_options, frozen, written, progress, stop
         self.jaxpr, self.args, self.options = jaxpr, args, options
         self.frozen, self.written, self.folded = frozen, jaxpr if written is None else written, written is not None
         self.context: Context = context
-        self.told, self.choose_options, self.extra = told, choose_options, extra
+        self.told, self.choose_options, self.extra, self.without = told, choose_options, extra, without
         self.compiler_options: CompilerOptions = {**(told or {}), **extra} or None
         self.progress, self.stop = progress, stop
         config: Any = jax.config
@@ -256,15 +257,21 @@ class _Line:
         return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
 
     def graph(self, near: dict[Path, Candidate]) -> LayoutGraph:
-        """The graph; with a nearest plan, only what it uses stands for choice beside what is written."""
+        """The graph; of the candidates, what is worth timing beside those written."""
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
-            return [way for way in ways if way == written or way in wanted] if near else ways
+            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
         still = still_values(self.jaxpr, self.frozen) if any(self.frozen) else ()
         return build_graph(self.jaxpr, enumerate_candidates, self.context, still)
+
+    def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
+        """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
+        without the compiler options now on trial."""
+        before = self.without and self.without.measurement(conv, way)
+        return not (wanted and way not in wanted) and not (before and before.status != "ok")
 
     def run(self) -> Outcome:
         near = self.nearest()
@@ -297,7 +304,7 @@ class _Line:
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
         """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
-        line = _Line(*self.given, extra=extra)
+        line = _Line(*self.given, extra=extra, without=self.model)
         line.__dict__ |= {"original": self.original, "trial_arguments": self.trial_arguments}
 
         def gain(outcome: Outcome) -> float:
