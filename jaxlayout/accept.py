@@ -69,13 +69,15 @@ def accept(
     contraction: int,
     memory_limit: float,
     timed: bool = True,
+    least: float = 1.0,
     relax: float = 1.0,
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `args`: None where they must not be run; only memory is compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
-    `memory_limit`: allowed peak temporary memory relative to the original's. `relax`: multiplies the error allowed.
+    `memory_limit`: allowed peak temporary memory relative to the original's. `least`: how many times faster it
+    has to be. `relax`: multiplies the error allowed.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     temps: dict[str, Any] = {}
@@ -105,10 +107,10 @@ def accept(
     if second > HOPELESS * max(first, _timed(before, args)[1]):
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
-    return _race(before, after, args, temps)
+    return _race(before, after, args, least, temps)
 
 
-def _race(before: Any, after: Any, args: Sequence[Any], seen: dict[str, Any]) -> Verdict:
+def _race(before: Any, after: Any, args: Sequence[Any], least: float, seen: dict[str, Any]) -> Verdict:
     """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test."""
     olds: list[float] = []
     news: list[float] = []
@@ -124,7 +126,8 @@ def _race(before: Any, after: Any, args: Sequence[Any], seen: dict[str, Any]) ->
             continue
         olds.append(old)
         news.append(new)
-        wins = sum((a > b) + (a >= b) for a, b in zip(olds, news, strict=True)) / 2  # a tie is half of one
+        rivals = [least * b for b in news]
+        wins = sum((a > b) + (a >= b) for a, b in zip(olds, rivals, strict=True)) / 2  # a tie is half of one
         margin = 0.82 * math.sqrt(n)
         ahead = 1 if wins > n / 2 + margin else -1 if wins < n / 2 - margin else 0
         if n >= MIN_PAIRS and (ahead or time.monotonic() > stop):
@@ -132,7 +135,7 @@ def _race(before: Any, after: Any, args: Sequence[Any], seen: dict[str, Any]) ->
     ratios = [a / b for a, b in zip(olds, news, strict=True)]
     quarters = statistics.quantiles(ratios, n=4)
     ratio = statistics.median(ratios)
-    kept = ahead > 0 and ratio > 1.0
+    kept = ahead > 0 and ratio > least
     words = "faster" if kept else "not faster" if ahead >= 0 else "slower"
     return Verdict(
         kept=kept,

@@ -311,10 +311,8 @@ class _Line:
             return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
 
         plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
-        same = replace(best, plan=plan, verdict=line.judge(plan))
-        if gain(same) < WORTHWHILE * gain(best):
-            return best
-        return max(best, same, line.run(), key=gain)
+        same = replace(best, plan=plan, verdict=line.judge(plan, WORTHWHILE * gain(best)))
+        return max(same, line.run(), key=gain) if same.kept else best
 
     def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
         """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
@@ -357,8 +355,8 @@ class _Line:
     def out_of_time(self) -> bool:
         return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
 
-    def judge(self, plan: Plan) -> Verdict:
-        """Rewritten against original, as whole functions."""
+    def judge(self, plan: Plan, least: float = 1.0) -> Verdict:
+        """Rewritten against original, as whole functions. `least`: how many times faster it has to be."""
         if plan.trivial and not self.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
         self.progress.stage("judging")
@@ -383,6 +381,7 @@ class _Line:
                 contraction=self.contraction(),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
+                least=least,
                 relax=self.options.relax,
             )
         return self.untried(plan, self.not_to_be_run) if self.not_to_be_run and verdict.kept else verdict

@@ -59,7 +59,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(tune._Line, "judge", lambda line, plan: kept)
+    monkeypatch.setattr(tune._Line, "judge", lambda line, plan, least=1.0: kept)
     return costs
 
 

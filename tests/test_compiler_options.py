@@ -26,11 +26,11 @@ def gains(costs, monkeypatch):
     """The ratios that the judge finds, without and with the options, by the size of the batch."""
     found = {1: (1.5, 2.0), 2: (1.5, 1.2)}
 
-    def judge(line, plan):
+    def judge(line, plan, least=1.0):
         batch = line.jaxpr.in_avals[0].shape[0]
         ratio = found[batch][bool(plan.compiler_options)]
         line.original  # noqa: B018 - it must compile
-        return Verdict(kept=ratio > 1, reason="made up", ratio=ratio)
+        return Verdict(kept=ratio > least, reason="made up", ratio=ratio)
 
     monkeypatch.setattr(tune, "OPTION_SETS", {"cpu": (EXTRA,)})
     monkeypatch.setattr(tune._Line, "judge", judge)
