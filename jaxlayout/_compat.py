@@ -16,6 +16,9 @@ from jax.extend.core import Literal
 am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
 
 
+BARRIERS_STAY = jax.__version_info__ >= (0, 11)
+"""Whether an optimization barrier is there until XLA:CPU fuses (in jaxlib 0.10 it goes before that)."""
+
 with ThreadPoolExecutor(1) as _thread:  # this module may be imported while something is traced
     _top_level = _thread.submit(jex_core.get_opaque_trace_state).result()
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
+from jaxlayout._compat import BARRIERS_STAY
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
@@ -36,7 +37,7 @@ class Shifted(Lowering):
     """
 
     name = "shifted"
-    version = 2
+    version = 3
     any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
@@ -50,10 +51,19 @@ class Shifted(Lowering):
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
         """The weights of each tap, tap by tap, each laid out to multiply lhs."""
-        rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in dims.rhs.spatial + "IO"])
-        ones, groups = [1] * conv.rank, conv.feature_groups
+        ones, groups, spatial = [1] * conv.rank, conv.feature_groups, dims.rhs.spatial
         taps = (math.prod(conv.kernel), *_frame(dims, ones, 1, groups, conv.out_features // groups))
-        return lax.optimization_barrier(lax.reshape(rhs, taps).astype(conv.accumulator))
+        if BARRIERS_STAY or dims.rhs.axes.startswith(spatial):
+            rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in spatial + "IO"])
+            return lax.optimization_barrier(lax.reshape(rhs, taps).astype(conv.accumulator))
+        rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in "IO" + spatial])
+        rhs = lax.reshape(rhs, (conv.out_features, taps[0])).astype(conv.accumulator)
+
+        def add_tap(tap: jax.Array, rows: jax.Array) -> jax.Array:
+            return lax.dynamic_update_index_in_dim(rows, lax.dynamic_index_in_dim(rhs, tap, 1, keepdims=False), tap, 0)
+
+        # Only a loop is sure to be done by itself: elsewhere each tap's weights would be gathered at every position.
+        return lax.reshape(lax.fori_loop(0, taps[0], add_tap, lax.full(rhs.shape[::-1], 0, rhs.dtype)), taps)
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
