@@ -2,7 +2,7 @@
 
     python -m bench.networks [case ...] [--table FILE] [--out bench/results]
 
-Writes networks-jax<version>.json and .md into --out. Columns: medians in ms; ratio, the median of pairwise ratios,
+Writes networks-jax<version>.json and .md into --out; where cases are named, the others' rows stay. Columns: medians in ms; ratio, the median of pairwise ratios,
 and half its interquartile range; errors against a float64 run, relative to its rms; transposes in the program as
 written and tuned; temporary memory tuned / written; seconds of tuning and how many convolutions and transposes were
 timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings alone`: any lowering, orders as written.
@@ -204,15 +204,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--no-ablations", action="store_true")
     given = parser.parse_args(argv)
-    rows = []
+    given.out.mkdir(parents=True, exist_ok=True)
+    stem = given.out / f"networks-jax{jax.__version__}"
+    stored = stem.with_name(stem.name + ".json")
+    rows = {row["case"]: row for row in json.loads(stored.read_text())} if given.cases and stored.exists() else {}
     for name in given.cases or CASES:
-        rows.append(run(name, given.table, not given.no_ablations))
-        name = f"networks-jax{jax.__version__}"
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-        text = markdown(rows, "python -m bench.networks")
-        (given.out / f"{name}.md").write_text(text)
-        print(text.splitlines()[-1], flush=True)
+        rows[name] = run(name, given.table, not given.no_ablations)
+        ordered = [rows[case] for case in CASES if case in rows]
+        stored.write_text(json.dumps(ordered, indent=1) + "\n")
+        stem.with_name(stem.name + ".md").write_text(markdown(ordered, "python -m bench.networks"))
+        print(markdown([rows[name]], "").splitlines()[-1], flush=True)
     return 0
 
 
