@@ -2,10 +2,11 @@
 
     python -m bench.networks [case ...] [--table FILE] [--out bench/results]
 
-Writes networks-jax<version>.json and .md into --out; where cases are named, the others' rows stay. Columns: medians in ms; ratio, the median of pairwise ratios,
-and half its interquartile range; errors against a float64 run, relative to its rms; transposes in the program as
-written and tuned; temporary memory tuned / written; seconds of tuning and how many convolutions and transposes were
-timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings alone`: any lowering, orders as written.
+Writes networks-jax<version>.json and .md into --out; where cases are named, the others' rows stay. Columns: medians in
+ms; ratio, the median of pairwise ratios, and half its interquartile range; errors against a float64 run, relative to
+its rms; transposes in the program as written and tuned; temporary memory tuned / written; seconds of tuning and how
+many convolutions and transposes were timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings
+alone`: any lowering, orders as written. Both without compiler options.
 """
 
 from __future__ import annotations
