@@ -7,7 +7,7 @@ def predict(params, images): ...
 from jaxlayout.api import AutoLayout, auto_layout
 from jaxlayout.convs import lowerings as _lowerings  # noqa: F401  registers what comes with the package
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import Lowering, register_lowering
+from jaxlayout.convs.lowering import Composite, Lowering, register_lowering
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.costs.table import CostTable, TableWarning
 from jaxlayout.frozen import Frozen
@@ -24,6 +24,7 @@ __all__ = [
     "ConvDimensionNumbers",
     "ConvLayout",
     "ConvSignature",
+    "Composite",
     "CostTable",
     "Explanation",
     "Frozen",

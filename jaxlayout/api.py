@@ -25,7 +25,7 @@ from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
-from jaxlayout.retrace import retrace
+from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import Workers, device_of, is_real
 from jaxlayout.tune import Outcome, tune
 from jaxlayout.wrapped import NOT_NESTED, is_jitted, jit_settings

@@ -14,11 +14,11 @@ from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, unspecified_sharding
 from jaxlayout.convs.signature import Context
-from jaxlayout.fold import fold
 from jaxlayout.graph.plan import Plan
 from jaxlayout.report import Explanation, explain
-from jaxlayout.retrace import retrace
-from jaxlayout.split import Split, flattened
+from jaxlayout.rewrite.fold import fold
+from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.threads import Workers, device_of, is_real
 from jaxlayout.tune import Outcome
 from jaxlayout.wrapped import NOT_NESTED, jit_settings

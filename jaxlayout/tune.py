@@ -37,9 +37,9 @@ from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import ProgramKey, equations, has_effects, needs_real_arguments, program_key
 from jaxlayout.progress import Progress, Silent
-from jaxlayout.retrace import retrace
-from jaxlayout.split import Split, flattened
-from jaxlayout.still import still_values
+from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.rewrite.split import Split, flattened
+from jaxlayout.rewrite.still import still_values
 from jaxlayout.threads import Workers
 
 logger = logging.getLogger("jaxlayout")

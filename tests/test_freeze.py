@@ -23,11 +23,11 @@ from jax import lax
 from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout, tune
 from jaxlayout.accept import Verdict
 from jaxlayout.convs.primitive import tuned_conv_p
-from jaxlayout.fold import fold
 from jaxlayout.graph.build import Mode, build_graph
 from jaxlayout.graph.solve import solve
 from jaxlayout.program import equations, program_key
-from jaxlayout.still import still_values
+from jaxlayout.rewrite.fold import fold
+from jaxlayout.rewrite.still import still_values
 
 pytestmark = pytest.mark.usefixtures("forced")
 

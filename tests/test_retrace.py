@@ -33,7 +33,7 @@ from jaxlayout.graph.rules.base import registered_rule, same_axes
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import ConvDimensionNumbers, Order
 from jaxlayout.program import count_transposes, equations
-from jaxlayout.retrace import retrace
+from jaxlayout.rewrite.retrace import retrace
 
 CI = settings(
     deadline=None,

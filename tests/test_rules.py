@@ -19,7 +19,7 @@ from jaxlayout.graph.rules.base import same_axes
 from jaxlayout.graph.solve import plan_of
 from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.program import count_transposes
-from jaxlayout.retrace import retrace
+from jaxlayout.rewrite.retrace import retrace
 
 SHAPE = (2, 6, 4, 5)  # of what each function is given
 MATRIX = np.arange(12, dtype=np.float32).reshape(6, 2) % 5 - 2

@@ -25,7 +25,7 @@ from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import static_shapes
 from jaxlayout.graph.rules import Rule, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
-from jaxlayout.still import still_values
+from jaxlayout.rewrite.still import still_values
 
 _SCALES = frozenset({p.mul_p, p.div_p, p.neg_p})
 _STEPS = frozenset({p.add_p, p.sub_p, p.convert_element_type_p}) | _SCALES

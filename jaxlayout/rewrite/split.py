@@ -21,7 +21,7 @@ from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import chosen_lowering, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.rules import RegionRule, rule_for
-from jaxlayout.still import is_still, still_values
+from jaxlayout.rewrite.still import is_still, still_values
 
 
 def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, expand: bool = False) -> Any:
