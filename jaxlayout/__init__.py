@@ -21,10 +21,10 @@ from jaxlayout.tune import Outcome, TableMiss
 __all__ = [
     "AutoLayout",
     "Candidate",
+    "Composite",
     "ConvDimensionNumbers",
     "ConvLayout",
     "ConvSignature",
-    "Composite",
     "CostTable",
     "Explanation",
     "Frozen",
