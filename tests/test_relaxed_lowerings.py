@@ -5,6 +5,7 @@ transform adds the same noise to an output that is small by chance, or that read
 """
 
 import math
+from functools import partial
 
 import jax
 import numpy as np
@@ -13,9 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
+from test_guards import tempting
 from test_lowerings import conv, last, operands, plain, through
 from test_primitive import rebound
 
+from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import is_relaxed, lowerings
 from jaxlayout.convs.reference import reference
@@ -319,3 +322,49 @@ def test_transformed(name, c, dims, derived):
     assert_close(lambda f: jax.vmap(f, (0, None)), batched, rhs)
     assert_close(lambda f: jax.vmap(gradient(f), (0, None)), batched, rhs)
     assert_close(jax.vmap, batched, np.stack([rhs, rhs + 1]))
+
+
+TUNED = [
+    ("winograd2", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
+    ("winograd4", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
+    ("fft", conv((2, 24, 25, 2), (12, 11, 2, 3)), FIRST),
+    ("space_to_depth", conv((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2)),
+]
+
+
+@pytest.mark.parametrize(("name", "c", "dims"), TUNED)
+def test_exported_with_a_symbolic_batch(name, c, dims):
+    home = last(c.rank)
+    lhs, rhs = operands(c)
+    lhs, rhs = lhs.transpose(dims.lhs.permutation_from(home.lhs)), rhs.transpose(dims.rhs.permutation_from(home.rhs))
+    written = partial(lax.conv_general_dilated, dimension_numbers=dims.to_lax(), **c.params)
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {str(lhs.shape[1:])[1:-1]}"), lhs.dtype)
+    exported = jax.export.export(jax.jit(lambda lhs: rebound(written, lhs, rhs, lowering=name)))(shape)
+    expected = np.asarray(written(lhs, rhs))
+    np.testing.assert_allclose(exported.call(lhs), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("name", "c"), [(name, c) for name, c, _ in TUNED])
+def test_tuned_and_frozen(monkeypatch, name, c):
+    """Chosen under relaxed numerics, past the checks of its numbers, and prepared once; written channels first, where
+    the original has temporary memory, of which the limit is a multiple."""
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {name: RELAXED[name]})
+    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    lhs, rhs = operands(c, draw=lambda rng, shape: rng.standard_normal(shape))
+    home = last(c.rank)
+    lhs, rhs = lhs.transpose(FIRST.lhs.permutation_from(home.lhs)), rhs.transpose(FIRST.rhs.permutation_from(home.rhs))
+
+    def written(rhs, lhs):
+        return lax.conv_general_dilated(lhs, rhs, dimension_numbers=FIRST.to_lax(), **c.params)
+
+    def chosen(numerics):
+        f = auto_layout(written, numerics=numerics, verdict=False, memory_limit=1000.0)
+        choices = f.plan(rhs, lhs).choices.values()
+        return f, {mode.candidate.lowering.partition("/")[0] for mode in choices if mode.candidate}
+
+    assert name not in chosen("strict")[1]
+    relaxed, names = chosen("relaxed")
+    assert name in names and relaxed.outcome(rhs, lhs).kept
+    expected = np.asarray(jax.jit(written)(rhs, lhs))
+    for found in (relaxed(rhs, lhs), relaxed.freeze(rhs)(lhs)):
+        np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
