@@ -78,7 +78,7 @@ class Fft(Lowering):
         spectrum = jnp.fft.rfftn(lhs, axes=axes)
         frequencies, count = spectrum.shape[2:], _count(spectrum)
         batch = conv.batch // conv.batch_groups
-        if conv.batch_groups > 1:
+        if conv.batch_groups > 1:  # the groups are runs of the batch, else of the features
             group, shape = 0, (groups, batch, conv.in_features, count)
         else:
             group, shape = 1, (batch, groups, conv.kernel_features, count)
