@@ -273,9 +273,7 @@ def test_the_bound_tightens_as_tables_grow():
 
 def test_a_factor_beyond_the_limit_is_used_whole():
     table = np.arange(1.0, 28.0).reshape(3, 3, 3)[::-1].copy()
-    solution = minimise(
-        [3, 3, 3], [Factor((0, 1, 2), table), Factor((1,), np.array([5.0, 0.0, 9.0]))], max_table=4
-    )
+    solution = minimise([3, 3, 3], [Factor((0, 1, 2), table), Factor((1,), np.array([5.0, 0.0, 9.0]))], max_table=4)
     assert (solution.assignment, solution.cost, solution.exact) == ((2, 1, 0), 4, True)
 
 
@@ -337,9 +335,7 @@ def test_no_result_is_worse_than_all_zeros():
 
 
 def test_infeasible_names_a_variable():
-    with pytest.raises(
-        Infeasible, match=r"every value of variable 1 is forbidden by the factor over variables 1"
-    ):
+    with pytest.raises(Infeasible, match=r"every value of variable 1 is forbidden by the factor over variables 1"):
         minimise([2, 2], [Factor((1,), np.full(2, math.inf))])
     with pytest.raises(Infeasible, match="no assignment is allowed") as caught:
         minimise([2, 2, 2], [Factor(pair, different(2)) for pair in ((0, 1), (1, 2), (2, 0))])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxlayout.convs.lowering import lowerings
+from jaxlayout.convs.lowering import is_relaxed, lowerings
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
@@ -45,5 +45,6 @@ def candidates(conv: ConvSignature, written: Candidate, *, relaxed: bool = False
             asked = written.dims.rhs
             for rhs in [asked] if lowering.any_kernel else [r for r in offered if r in (offered[0], asked)]:
                 dims = ConvDimensionNumbers(lhs, rhs, out)
-                found |= dict.fromkeys(Candidate(name, dims) for name in lowering.names(conv, dims))
+                names = [n for n in lowering.names(conv, dims) if relaxed or not is_relaxed(n)]
+                found |= dict.fromkeys(Candidate(name, dims) for name in names)
     return tuple(found)

@@ -167,6 +167,11 @@ def lowering_named(name: str) -> Lowering:
     return found
 
 
+def is_relaxed(name: str) -> bool:
+    """Whether a lowering, or one inside it, is relaxed."""
+    return any(lowering_named(part).relaxed for part in name.split("/"))
+
+
 def versioned(name: str) -> str:
     """The name of a lowering with the versions of all that it is made of."""
     return "/".join(f"{part}@{lowering_named(part).version}" for part in name.split("/"))

@@ -2,16 +2,36 @@
 
 from jaxlayout.convs.lowering import register_lowering
 from jaxlayout.convs.lowerings.dot import Dot
+from jaxlayout.convs.lowerings.fft import Fft
 from jaxlayout.convs.lowerings.groups import Groups
 from jaxlayout.convs.lowerings.im2col import Im2col
 from jaxlayout.convs.lowerings.phases import Phases
 from jaxlayout.convs.lowerings.planes import Planes
 from jaxlayout.convs.lowerings.rows import Rows
 from jaxlayout.convs.lowerings.shifted import Shifted
+from jaxlayout.convs.lowerings.space_to_depth import SpaceToDepth
 from jaxlayout.convs.lowerings.tap_dots import TapDots
+from jaxlayout.convs.lowerings.winograd import Winograd2, Winograd4
 from jaxlayout.convs.lowerings.xla import Xla
 
-for _lowering in (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes()):
+_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes())
+_RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth())
+
+for _lowering in (*_STRICT, *_RELAXED):
     register_lowering(_lowering)
 
-__all__ = ["Dot", "Groups", "Im2col", "Phases", "Planes", "Rows", "Shifted", "TapDots", "Xla"]
+__all__ = [
+    "Dot",
+    "Fft",
+    "Groups",
+    "Im2col",
+    "Phases",
+    "Planes",
+    "Rows",
+    "Shifted",
+    "SpaceToDepth",
+    "TapDots",
+    "Winograd2",
+    "Winograd4",
+    "Xla",
+]
