@@ -83,11 +83,11 @@ def accept(
     temps: dict[str, Any] = {}
     if old is not None and new is not None:
         temps = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
-        # A function that needs hardly any may still hold a converted copy of its arguments and results.
+        # A function that needs hardly any may still hold converted copies of its arguments and results.
         copies = old.argument_size_in_bytes + old.output_size_in_bytes
-        allowed = max(memory_limit * temps["original_temp"], copies)
+        allowed = memory_limit * max(temps["original_temp"], copies)
         if temps["tuned_temp"] > allowed:
-            reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {int(allowed)} are allowed"
+            reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **temps)
     if args is None:
         return Verdict(kept=True, cause="untried", reason="not run", **temps)

@@ -786,7 +786,7 @@ candidates.lowerings = lambda: {"xla": lowering.lowerings()["xla"]}  # enough
 calls = []
 real_measure, real_judge = tune.measure, tune._Line.judge
 tune.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
-tune._Line.judge = lambda self, plan: calls.append("judge") or real_judge(self, plan)
+tune._Line.judge = lambda self, *plan: calls.append("judge") or real_judge(self, *plan)
 
 @jaxlayout.auto_layout
 def f(x, k, scale):
