@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from jaxlayout.layout.names import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.layout.names import ConvDimensionNumbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +32,8 @@ class LayoutPolicy:
 
     def preferred(self, rank: int) -> ConvDimensionNumbers:
         """The order that convolutions of `rank` spatial axes prefer."""
-        if self.channels_last:
-            images, kernels = ConvLayout.channels_last(rank), KernelLayout.io_last(rank)
-        else:
-            images, kernels = ConvLayout.channels_first(rank), KernelLayout.oi_first(rank)
-        return ConvDimensionNumbers(images, kernels, images)
+        form = ConvDimensionNumbers.channels_last if self.channels_last else ConvDimensionNumbers.channels_first
+        return form(rank)
 
     def conv_ns(self, kind: str, lowering: str, dims: ConvDimensionNumbers, macs: int, nbytes: int) -> float:
         """The believed time of a convolution, in nanoseconds."""
