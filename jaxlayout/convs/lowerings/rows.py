@@ -12,8 +12,8 @@ from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
-MAX_SUMS = 2**20
-"""Partial sums are kept for this many bytes at most, about what a core's own cache holds, if that can be."""
+MAX_SUMS = 2**21
+"""Partial sums are kept for this many bytes at most, about what two cores have in caches of their own, if it can be."""
 MAX_CHAIN = 64
 """Products added up in one expression."""
 MAX_POSITIONS = 256
@@ -35,6 +35,7 @@ class Rows(Lowering):
     """
 
     name = "rows"
+    version = 2
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         fits = conv.batch_groups > 1 and conv.rank > 0 and all(d == 1 for d in conv.lhs_dilation)
