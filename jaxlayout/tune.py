@@ -162,7 +162,8 @@ def tune(
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
-        line = _Line(jaxpr, args, options, context, compiler_options, choose_options, frozen, written, progress, stop)
+        told = compiler_options, choose_options
+        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, progress, stop))
         if (stored := line.stored()) is not None:
             return replace(stored, source="stored")
         outcome = line.run()
@@ -179,49 +180,49 @@ def tune(
         return untouched(f"tuning failed: {error!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What `tune` was asked; see there."""
+
+    jaxpr: Any
+    args: Sequence[Any] | None
+    options: Options
+    context: Context
+    told: CompilerOptions
+    choose_options: bool
+    frozen: Sequence[bool]
+    written: Any
+    progress: Progress
+    stop: threading.Event
+
+
 class _Line:
     """One run of the stages; what several of them need."""
 
-    def __init__(
-        self,
-        jaxpr: Any,
-        args: Sequence[Any] | None,
-        options: Options,
-        context: Context,
-        told: CompilerOptions,
-        choose_options: bool,
-        frozen: Sequence[bool],
-        written: Any,
-        progress: Progress,
-        stop: threading.Event,
-        extra: Mapping[str, str] = MappingProxyType({}),
-        without: CostModel | None = None,
-    ):
-        self.given = jaxpr, args, options, context, told, choose_options, frozen, written, progress, stop
-        self.jaxpr, self.args, self.options = jaxpr, args, options
-        self.frozen, self.written, self.folded = frozen, jaxpr if written is None else written, written is not None
-        self.context: Context = context
-        self.told, self.choose_options, self.extra, self.without = told, choose_options, extra, without
-        self.compiler_options: CompilerOptions = {**(told or {}), **extra} or None
-        self.progress, self.stop = progress, stop
+    def __init__(self, task: _Task, extra: Mapping[str, str] = MappingProxyType({}), without: CostModel | None = None):
+        """`extra`: compiler options on trial; `without`: the costs without them."""
+        self.task, self.extra, self.without = task, extra, without
+        self.jaxpr, self.args, self.options = task.jaxpr, task.args, task.options
+        self.context: Context = task.context
+        self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
+        self.written, self.folded = (task.jaxpr, False) if task.written is None else (task.written, True)
+        self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
         config: Any = jax.config
         self.device = config.jax_default_device or jax.local_devices()[0]
-        self.table = open_table(options.table)
-        self.key: ProgramKey = program_key(jaxpr, frozen)
+        self.table = open_table(self.options.table)
+        self.key: ProgramKey = program_key(self.jaxpr, self.frozen)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
-        rules = {"rules": ",".join(rule_names()), "numerics": options.numerics}
-        compiled = {
-            "compiler_options": json.dumps(self.compiler_options, sort_keys=True) if self.compiler_options else ""
-        }
+        rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
+        compiled = {"compiler_options": json.dumps(self.compiler_options or "", sort_keys=True)}
         self.environment = current_environment(self.device, compiled).fingerprint
-        choices = {"context": context, "memory": options.memory_limit, "verdict": options.verdict}
-        choices |= {"options": OPTION_SETS if choose_options else ""}
+        choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
+        choices |= {"options": OPTION_SETS if task.choose_options else ""}
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
         self.model = CostModel(
             self.table,
-            self.environment if options.numerics == "strict" else self.environment + "-relaxed",
+            self.environment if self.options.numerics == "strict" else self.environment + "-relaxed",
             LayoutPolicy.for_platform(self.device.platform),
-            context,
+            self.context,
         )
 
     def stored(self) -> Outcome | None:
@@ -270,8 +271,10 @@ class _Line:
     def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
         without the compiler options now on trial."""
-        before = self.without and self.without.measurement(conv, way)
-        return not (wanted and way not in wanted) and not (before and before.status != "ok")
+        if self.without is not None:
+            before = self.without.measurement(conv, way)
+            return before is not None and before.status == "ok"
+        return not wanted or way in wanted
 
     def run(self) -> Outcome:
         near = self.nearest()
@@ -299,13 +302,13 @@ class _Line:
         """Whether compiler options are worth a try: only where whole functions may be timed."""
         timed = self.options.verdict and self.options.on_miss == "measure" and not self.not_to_be_run
         sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
-        return self.choose_options and timed and sound and not self.out_of_time()
+        return self.task.choose_options and timed and sound and not self.out_of_time()
 
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
         """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
-        line = _Line(*self.given, extra=extra, without=self.model)
-        line.__dict__ |= {"original": self.original, "trial_arguments": self.trial_arguments}
+        line = _Line(self.task, extra, self.model)
+        line.original, line.trial_arguments = self.original, self.trial_arguments
 
         def gain(outcome: Outcome) -> float:
             return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
@@ -425,7 +428,7 @@ class _Line:
     @cached_property
     def original(self) -> Compiled:
         """The original, compiled as the user told."""
-        return compile_in(self.context, self.replay, self.shapes, self.told)
+        return compile_in(self.context, self.replay, self.shapes, self.task.told)
 
     @cached_property
     def trial_arguments(self) -> Sequence[Any]:
