@@ -40,11 +40,11 @@ def main(argv: list[str] | None = None) -> int:
         apply, params, images = MODELS[name].build(given.batch, given.size, jax.random.key(0))
         plain, tuned = jax.jit(apply), auto_layout(apply, table=given.table)
         start = time.monotonic()
+        outcome = tuned.outcome(params, images)  # before the call, after which it would be a stored one
         found = jax.block_until_ready(tuned(params, images))
         first_call = time.monotonic() - start
         expected = plain(params, images)
         error = float(np.max(np.abs(found - expected)) / np.sqrt(np.mean(expected**2)))
-        outcome = tuned.outcome(params, images)
         written = count_transposes(jax.make_jaxpr(apply)(params, images))
         after = len(outcome.plan.conversions) if outcome.kept else written
         seen = paired(plain, tuned, params, images)
