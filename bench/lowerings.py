@@ -14,7 +14,6 @@ is not.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -30,8 +29,9 @@ from jax import lax
 
 from bench.networks import errors_from, normal
 from bench.roofline import Peaks, peaks
+from bench.rows import write_rows
 from bench.timing import paired
-from jaxlayout import AutoLayout, Candidate, auto_layout
+from jaxlayout import AutoLayout, Candidate, Outcome, auto_layout
 from jaxlayout._compat import eval_equations
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.reference import reference
@@ -41,7 +41,7 @@ from jaxlayout.costs.measure import candidate_id
 from jaxlayout.costs.model import CostModel
 from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.program import equations
-from jaxlayout.tune import Outcome, open_table
+from jaxlayout.tune import open_table
 
 SECONDS = 20.0
 """About how long the pairs of one case may take."""
@@ -290,34 +290,26 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     return f"jax {jax.__version__}, {device}, `python -m bench.lowerings`\n\n{head}" + "\n".join(lines) + "\n"
 
 
-def kept_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """The rows of earlier runs, by case."""
-    return {row["case"]: row for row in json.loads(file.read_text())} if file.exists() else {}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the tables, after each case anew."""
     parser = argparse.ArgumentParser(prog="python -m bench.lowerings", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
-    parser.add_argument("--table", type=Path, help="cost tables FILE-<case>, default: none, all is measured anew")
+    parser.add_argument("--table", type=Path, help="cost table, default: none, all is measured anew")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--explain", action="store_true", help="print all measured candidates of each case")
     given = parser.parse_args(argv)
     if unknown := [name for name in given.cases if name not in CASES]:
         parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / f"lowerings-jax{jax.__version__}.json"
-    rows = kept_rows(file) if given.cases else {}
     peak = peaks()
     with tempfile.TemporaryDirectory() as scratch:
-        table = given.table or Path(scratch, "table.sqlite")
-        for name in given.cases or CASES:
-            # A table for each: the plan of one case would count as that of another at other sizes.
-            rows[name] = run(name, str(table.with_stem(f"{table.stem}-{name}")), peak, given.explain)
-            done = [rows[name] for name in CASES if name in rows]
-            file.write_text(json.dumps(done, indent=1) + "\n")
-            file.with_suffix(".md").write_text(markdown(done))
-            print(markdown([rows[name]]).splitlines()[-1], flush=True)
+        table = str(given.table or Path(scratch, "table.sqlite"))
+        write_rows(
+            given.out / f"lowerings-jax{jax.__version__}",
+            given.cases,
+            CASES,
+            lambda name: run(name, table, peak, given.explain),
+            markdown,
+        )
     return 0
 
 

@@ -12,7 +12,6 @@ alone`: any lowering, orders as written. Both without compiler options.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import numpy as np
 from jax import lax
 
 from bench.models import MODELS
+from bench.rows import write_rows
 from bench.timing import paired
 from jaxlayout import Candidate, auto_layout
 from jaxlayout.convs.candidates import candidates
@@ -176,7 +176,7 @@ def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
     return row
 
 
-def markdown(rows: list[dict[str, Any]], command: str) -> str:
+def markdown(rows: list[dict[str, Any]]) -> str:
     """The table."""
     head = (
         "| case | jit ms | auto_layout ms | ratio | layouts alone | lowerings alone | error (jit's) | transposes |"
@@ -194,7 +194,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         for r in rows
     ]
     device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__}, {device}, `{command}`\n\n{head}" + "\n".join(lines) + "\n"
+    return f"jax {jax.__version__}, {device}, `python -m bench.networks`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -205,16 +205,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--no-ablations", action="store_true")
     given = parser.parse_args(argv)
-    given.out.mkdir(parents=True, exist_ok=True)
-    stem = given.out / f"networks-jax{jax.__version__}"
-    stored = stem.with_name(stem.name + ".json")
-    rows = {row["case"]: row for row in json.loads(stored.read_text())} if given.cases and stored.exists() else {}
-    for name in given.cases or CASES:
-        rows[name] = run(name, given.table, not given.no_ablations)
-        ordered = [rows[case] for case in CASES if case in rows]
-        stored.write_text(json.dumps(ordered, indent=1) + "\n")
-        stem.with_name(stem.name + ".md").write_text(markdown(ordered, "python -m bench.networks"))
-        print(markdown([rows[name]], "").splitlines()[-1], flush=True)
+    write_rows(
+        given.out / f"networks-jax{jax.__version__}",
+        given.cases,
+        CASES,
+        lambda name: run(name, given.table, not given.no_ablations),
+        markdown,
+    )
     return 0
 
 

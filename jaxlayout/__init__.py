@@ -15,8 +15,9 @@ from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
 from jaxlayout.options import Options
+from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
-from jaxlayout.tune import Outcome, TableMiss
+from jaxlayout.tune import TableMiss
 
 __all__ = [
     "AutoLayout",

@@ -13,8 +13,10 @@ import jax.extend.core as jex_core
 from jax.extend import source_info_util
 from jax.extend.core import Literal
 
-am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
+Bind = Callable[[Any, Sequence[Any]], Sequence[Any] | None]
+"""`bind(eqn, operands)` gives an equation's results, or None for the default: to bind its primitive."""
 
+am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_USE  # pyright: ignore[reportPrivateImportUsage]
 
 BARRIERS_STAY = jax.__version_info__ >= (0, 11)
 """Whether an optimization barrier is there until XLA:CPU fuses (in jaxlib 0.10 it goes before that)."""
@@ -53,14 +55,14 @@ def bind_equation(eqn: Any, operands: Sequence[Any], **changed: Any) -> list[Any
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def _default(eqn: Any, operands: Sequence[Any]) -> None:
+    return None
+
+
 def eval_equations(
-    jaxpr: Any,
-    args: Sequence[Any],
-    bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None],
-    consts: Sequence[Any] | None = None,
+    jaxpr: Any, args: Sequence[Any], bind: Bind = _default, *, consts: Sequence[Any] | None = None
 ) -> list[Any]:
-    """Evaluate a jaxpr equation by equation; `bind(eqn, operands)` may give the results, or None for the default.
-    `consts`: in place of its own."""
+    """Evaluate a jaxpr equation by equation. `consts`: in place of its own."""
     jaxpr_, env = open_jaxpr(jaxpr), {}
     env.update(zip(jaxpr_.constvars, consts_of(jaxpr) if consts is None else consts, strict=True))
     env.update(zip(jaxpr_.invars, args, strict=True))
@@ -68,11 +70,7 @@ def eval_equations(
     return [atom.val if isinstance(atom, Literal) else env[atom] for atom in jaxpr_.outvars]
 
 
-def run_equations(
-    eqns: Sequence[Any],
-    env: dict[Any, Any],
-    bind: Callable[[Any, Sequence[Any]], Sequence[Any] | None] = lambda eqn, operands: None,
-) -> None:
+def run_equations(eqns: Sequence[Any], env: dict[Any, Any], bind: Bind = _default) -> None:
     """Evaluate equations in sequence, from and into the values of variables in `env`."""
     for eqn in eqns:
         operands = [atom.val if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
@@ -88,7 +86,7 @@ def consts_as_arguments(jaxpr: Any, args: Sequence[Any]) -> Any:
     consts = consts_of(jaxpr)
 
     def run(*flat: Any) -> list[Any]:
-        return eval_equations(jaxpr, flat[len(consts) :], lambda eqn, operands: None, flat[: len(consts)])
+        return eval_equations(jaxpr, flat[len(consts) :], consts=flat[: len(consts)])
 
     return jax.make_jaxpr(run)(*consts, *args)
 

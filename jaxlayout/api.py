@@ -23,12 +23,13 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
+from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import Workers, device_of, is_real
-from jaxlayout.tune import Outcome, tune
-from jaxlayout.wrapped import NOT_NESTED, is_jitted, jit_settings
+from jaxlayout.tune import tune
+from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -95,9 +96,6 @@ class AutoLayout:
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
-            return self._entry(*args, **kwargs)
-        except _CompileWith as wanted:
-            self._compile_with(wanted.options)
             return self._decided(lambda: self._entry(*args, **kwargs))
         finally:
             self._call.arguments = None
@@ -200,16 +198,7 @@ class AutoLayout:
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
-
-            out_trees: list[Any] = []
-
-            def flat(*dynamic: Any) -> list[Any]:
-                full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
-                args, kwargs = jax.tree.unflatten(tree, full.values())
-                outs, out_tree = jax.tree.flatten(fun(*args, **kwargs))
-                out_trees.append(out_tree)
-                return outs
-
+            flat, out_trees = flat_function(lambda given: fun(*given[0], **given[1]), leaves, tree, places)
             arrays = [leaves[i] for i in places]
             jaxpr = jax.make_jaxpr(flat)(*arrays)
             concrete = self._concrete(tree, places) if context == "entry" else None
@@ -226,7 +215,7 @@ class AutoLayout:
             if outcome.kept:
                 outs = retrace(jaxpr, outcome.plan)(*arrays)
             else:
-                outs = eval_equations(jaxpr, arrays, lambda eqn, operands: None)
+                outs = eval_equations(jaxpr, arrays)
             return jax.tree.unflatten(out_trees[0], outs)
 
         return body

@@ -15,13 +15,13 @@ from jax.core import Tracer
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, unspecified_sharding
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
+from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.threads import Workers, device_of, is_real
-from jaxlayout.tune import Outcome
-from jaxlayout.wrapped import NOT_NESTED, jit_settings
+from jaxlayout.wrapped import NOT_NESTED, flat_function, jit_settings
 
 if TYPE_CHECKING:
     from jaxlayout.api import AutoLayout
@@ -149,15 +149,12 @@ class Frozen:
         static = (*own_static, *self._marked("static", args, kwargs, self._count))
         places = [i for i, fixed in enumerate(static) if not fixed]
         frozen = [i < len(own_static) for i in places]
-        out_trees: list[Any] = []
 
-        def flat(*dynamic: Any) -> list[Any]:
-            full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
-            (args, kwargs), (more, named) = jax.tree.unflatten(tree, full.values())
-            outs, out_tree = jax.tree.flatten(self._layout._fun(*args, *more, **kwargs, **named))
-            out_trees.append(out_tree)
-            return outs
+        def call(given: Any) -> Any:
+            (args, kwargs), (more, named) = given
+            return self._layout._fun(*args, *more, **kwargs, **named)
 
+        flat, out_trees = flat_function(call, leaves, tree, places)
         arrays = [leaves[i] for i in places]
         jaxpr = flattened(flat, arrays)
         if outer := list(consts_of(jaxpr)):
@@ -177,7 +174,7 @@ class Frozen:
         def chosen(*flat: Any) -> list[Any]:
             if outcome.kept:
                 return retrace(program, outcome.plan)(*flat)
-            return eval_equations(jaxpr, flat, lambda eqn, operands: None)
+            return eval_equations(jaxpr, flat)
 
         split = Split.of(flattened(chosen, arrays, expand=not whole), frozen)
 

@@ -12,8 +12,8 @@ from jaxlayout.convs.candidates import candidates
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.fit import located
+from jaxlayout.outcome import Outcome
 from jaxlayout.program import count_transposes
-from jaxlayout.tune import Outcome
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
+from jaxlayout.outcome import Outcome, untouched
 from jaxlayout.program import ProgramKey, equations, has_effects, needs_real_arguments, program_key
 from jaxlayout.progress import Progress, Silent
 from jaxlayout.rewrite.retrace import retrace
@@ -57,42 +58,6 @@ WORTHWHILE = 1.02
 
 class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
-    """What tuning a program came to."""
-
-    plan: Plan
-    verdict: Verdict
-    source: str
-    """Where the plan came from: measured, stored, pinned, nearest (measured, starting from the plan of another
-    shape), heuristic, or none."""
-    seconds: float = 0.0
-    """Spent on tuning when the plan was made."""
-    measured: int = 0
-    """How many convolutions and transposes were timed for it."""
-    folded: bool = False
-    """Whether the plan is for a program with scales folded into its kernels."""
-
-    @property
-    def kept(self) -> bool:
-        """Whether the rewritten function runs."""
-        return self.verdict.kept and (self.folded or not self.plan.trivial)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        rest = {name: getattr(self, name) for name in ("source", "seconds", "measured", "folded")}
-        return rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
-
-    @classmethod
-    def from_json(cls, data: Any) -> Outcome:
-        """The inverse of `to_json`; ValueError for anything else."""
-        try:
-            plan, verdict = Plan.from_json(data["plan"]), Verdict.from_json(data["verdict"])
-            return cls(**(data | {"plan": plan, "verdict": verdict}))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an outcome: {error!r}") from error
 
 
 class Budget:
@@ -123,11 +88,6 @@ _tables: dict[str | None, CostTable] = {}
 def open_table(path: str | None) -> CostTable:
     """The process's one table for a path."""
     return _tables.setdefault(path, CostTable(path))
-
-
-def untouched(reason: str) -> Outcome:
-    """The outcome for a program that is left as it is."""
-    return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause="untried"), source="none")
 
 
 def tune(
@@ -417,7 +377,7 @@ class _Line:
 
     def replay(self, *flat: Any) -> list[Any]:
         """The original program, every time all of it."""
-        return eval_equations(self.written, flat, lambda eqn, operands: None)
+        return eval_equations(self.written, flat)
 
     @property
     def shapes(self) -> Sequence[Any]:

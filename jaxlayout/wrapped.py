@@ -1,13 +1,30 @@
-"""What a function already compiled by `jax.jit` was told."""
+"""Functions as JAX sees them: of flat arrays; and what one already compiled by `jax.jit` was told."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format
 
 from jaxlayout._compat import jit_info
+
+
+def flat_function(
+    call: Callable[[Any], Any], leaves: Sequence[Any], tree: Any, places: Sequence[int]
+) -> tuple[Callable[..., list[Any]], list[Any]]:
+    """`call`, which takes a tree, as a function from the leaves at some places to flat results; and a list that gets
+    the tree of the results when that is traced."""
+    out_trees: list[Any] = []
+
+    def flat(*dynamic: Any) -> list[Any]:
+        full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
+        outs, out_tree = jax.tree.flatten(call(jax.tree.unflatten(tree, full.values())))
+        out_trees.append(out_tree)
+        return outs
+
+    return flat, out_trees
 
 
 def is_jitted(fun: Any) -> bool:

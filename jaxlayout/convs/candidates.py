@@ -36,8 +36,6 @@ def candidates(conv: ConvSignature, written: Candidate, *, relaxed: bool = False
     """
     found = {written: None}
     for lowering in lowerings().values():
-        if lowering.relaxed and not relaxed:
-            continue
         kernels: dict[tuple[ConvLayout, ConvLayout], list[KernelLayout]] = {}
         for dims in lowering.orders(conv):
             kernels.setdefault((dims.lhs, dims.out), []).append(dims.rhs)

@@ -65,6 +65,15 @@ class Lowering(ABC):
         return (self.name,) if depth and self.native(conv, dims) else ()
 
 
+def usual_orders(conv: ConvSignature) -> Iterator[ConvDimensionNumbers]:
+    """What a lowering that is at home in any order offers: what autodiff writes in a channels-last network, if it is
+    a kernel gradient, channels last, and channels first."""
+    if conv.is_kernel_gradient:
+        yield ConvDimensionNumbers.kernel_gradient(conv.rank)
+    yield ConvDimensionNumbers.channels_last(conv.rank)
+    yield ConvDimensionNumbers.channels_first(conv.rank)
+
+
 class Composite(Lowering):
     """A convolution as several smaller ones, or as one in fewer axes.
 

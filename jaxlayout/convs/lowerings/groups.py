@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 from jax import lax
 
-from jaxlayout.convs.lowering import Composite, Convolve
+from jaxlayout.convs.lowering import Composite, Convolve, usual_orders
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
@@ -31,10 +31,7 @@ class Groups(Composite):
         single = conv.batch == conv.batch_groups if conv.batch_groups > 1 else depthwise
         if single or not 1 < groups <= MAX_GROUPS:
             return
-        if conv.is_kernel_gradient:
-            yield ConvDimensionNumbers.kernel_gradient(conv.rank)
-        yield ConvDimensionNumbers.channels_last(conv.rank)
-        yield ConvDimensionNumbers.channels_first(conv.rank)
+        yield from usual_orders(conv)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve

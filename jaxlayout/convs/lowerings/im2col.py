@@ -1,6 +1,5 @@
 """`im2col`: a convolution as one matrix product over gathered patches."""
 
-import itertools
 import math
 from collections.abc import Iterable
 
@@ -10,6 +9,7 @@ from jax import lax
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.lowerings.dot import contract
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.convs.views import views
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 MAX_BYTES = 16 * 2**20
@@ -61,30 +61,14 @@ class Im2col(Lowering):
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if 0 in conv.out_spatial:  # a slice needs somewhere to stop
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
-        last = dims.lhs.axes[-1] not in dims.lhs.spatial
-
-        def frame(spatial: Iterable, batch: object, features: object) -> tuple:
-            return (batch, *spatial, features) if last else (batch, features, *spatial)
-
-        padding = frame([(lo, hi, 0) for lo, hi in conv.padding], (0, 0, 0), (0, 0, 0))
-        padded = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
-        # What is met at a tap, for all positions of out; or, the other way round, at a position of out for all taps.
-        starts, steps, sizes = (conv.kernel, conv.rhs_dilation), conv.strides, conv.out_spatial
-        if conv.is_kernel_gradient:
-            starts, steps, sizes = (conv.out_spatial, conv.strides), conv.rhs_dilation, conv.kernel
-        columns = []
-        for at in itertools.product(*map(range, starts[0])):
-            start = [i * step for i, step in zip(at, starts[1], strict=True)]
-            stop = [a + (size - 1) * step + 1 for a, size, step in zip(start, sizes, steps, strict=True)]
-            limits = frame(stop, padded.shape[0], padded.shape[-1 if last else 1])
-            columns.append(lax.slice(padded, frame(start, 0, 0), limits, frame(steps, 1, 1)))
+        columns = list(views(conv, dims, lhs))
         if conv.is_kernel_gradient:
             summed = tuple(range(lhs.ndim - 1))
             patches = lax.concatenate(columns, lhs.ndim - 1)
             dims_summed = (summed, summed), ((), ())
             out = lax.dot_general(patches, prepared, dims_summed, conv.precision, conv.preferred_element_type)
             return lax.reshape(out, conv.out_shape(dims.out))
-        if last:
+        if dims.lhs.is_channels_last:
             return contract(conv, dims, lax.concatenate(columns, lhs.ndim - 1), prepared, 0)
         patches = lax.concatenate([lax.expand_dims(column, (2,)) for column in columns], 2)
         patches = lax.reshape(patches, (conv.batch, conv.contraction, *conv.out_spatial))

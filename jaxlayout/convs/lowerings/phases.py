@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax import lax
 
-from jaxlayout.convs.lowering import Composite, Convolve
+from jaxlayout.convs.lowering import Composite, Convolve, usual_orders
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
@@ -48,10 +48,7 @@ class Phases(Composite):
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if all(d == 1 for d in conv.lhs_dilation) or math.prod(map(len, _phases(conv))) > MAX_PHASES:
             return
-        if conv.is_kernel_gradient:
-            yield ConvDimensionNumbers.kernel_gradient(conv.rank)
-        yield ConvDimensionNumbers.channels_last(conv.rank)
-        yield ConvDimensionNumbers.channels_first(conv.rank)
+        yield from usual_orders(conv)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve

@@ -11,6 +11,9 @@ from jaxlayout.convs.lowering import Composite, Convolve
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
+MAX_PLANES = 8
+"""Taps, or positions, along the depth: each is a convolution of its own."""
+
 
 class Planes(Composite):
     """Take the taps along the depth out of the sum: out = sum_t conv2d(lhs[t:], rhs[t]), the depth merged into the
@@ -18,17 +21,17 @@ class Planes(Composite):
     out has fewer positions along the depth than the kernel has taps, as in a gradient to the kernel, the other way
     round: each position of out is one convolution of planes, the depth merged into the features that are summed over.
 
-    Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PARTS` taps or positions; any stride, kernel
-    dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels last,
-    and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the second
-    way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in float32 for
-    half precision.
+    Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PLANES` taps or positions; any stride,
+    kernel dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels
+    last, and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the
+    second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in
+    float32 for half precision.
     """
 
     name = "planes"
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        if conv.rank != 3 or conv.lhs_dilation[0] != 1 or min(conv.kernel[0], conv.out_spatial[0]) > MAX_PARTS:
+        if conv.rank != 3 or conv.lhs_dilation[0] != 1 or min(conv.kernel[0], conv.out_spatial[0]) > MAX_PLANES:
             return
         if not _few_positions(conv):
             yield ConvDimensionNumbers.channels_last(3)
@@ -98,9 +101,6 @@ def _by_position(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, 
             out = lax.full(part.out_shape(_without_depth(dims).out), 0, conv.out_dtype)
         outs.append(lax.expand_dims(out, (at,)))
     return lax.concatenate(outs, at)
-
-
-MAX_PARTS = 8
 
 
 def _few_positions(conv: ConvSignature) -> bool:

@@ -10,6 +10,7 @@ from jax import lax
 
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.convs.views import views
 from jaxlayout.layout import ConvDimensionNumbers
 
 MAX_DOTS = 64
@@ -42,28 +43,17 @@ class TapDots(Lowering):
         shape = conv.out_shape(dims.out)
         if 0 in shape:
             return lax.full(shape, 0, conv.out_dtype)
-        padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in conv.padding), (0, 0, 0)]
-        lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
         precision, wide = conv.precision, conv.preferred_element_type
-        spatial = tuple(range(1, conv.rank + 1))
-
-        def view(start: list[int], sizes: tuple[int, ...], steps: tuple[int, ...]) -> jax.Array:
-            stop = [at + (size - 1) * step + 1 for at, size, step in zip(start, sizes, steps, strict=True)]
-            limits = (lhs.shape[0], *stop, lhs.shape[-1])
-            return lax.slice(lhs, (0, *start, 0), limits, (1, *steps, 1))
-
-        outs = []
         if conv.is_kernel_gradient:
-            summed = (0, *spatial)
-            for at in itertools.product(*map(range, conv.out_spatial)):
-                start = [o * s for o, s in zip(at, conv.strides, strict=True)]
-                met = view(start, conv.kernel, conv.rhs_dilation)
-                dot = lax.dot_general(met, prepared, ((summed, summed), ((), ())), precision, wide)
-                outs.append(lax.expand_dims(dot, (0,)))
-            return lax.reshape(lax.concatenate(outs, 0), shape)
+            summed = tuple(range(lhs.ndim - 1))
+            over = (summed, summed), ((), ())
+            dots = [lax.dot_general(met, prepared, over, precision, wide) for met in views(conv, dims, lhs)]
+            return lax.reshape(lax.concatenate([lax.expand_dims(dot, (0,)) for dot in dots], 0), shape)
         wide = wide if conv.accumulator == conv.out_dtype else conv.accumulator
-        for tap in itertools.product(*map(range, conv.kernel)):
-            start = [t * d for t, d in zip(tap, conv.rhs_dilation, strict=True)]
-            met = view(start, conv.out_spatial, conv.strides)
-            outs.append(lax.dot_general(met, prepared[tap], (((lhs.ndim - 1,), (0,)), ((), ())), precision, wide))
-        return lax.reshape(reduce(lax.add, outs), shape).astype(conv.out_dtype)
+        taps = itertools.product(*map(range, conv.kernel))
+        over = ((lhs.ndim - 1,), (0,)), ((), ())
+        dots = [
+            lax.dot_general(met, prepared[tap], over, precision, wide)
+            for tap, met in zip(taps, views(conv, dims, lhs), strict=True)
+        ]
+        return lax.reshape(reduce(lax.add, dots), shape).astype(conv.out_dtype)

@@ -1,0 +1,50 @@
+"""`Outcome`: what tuning came to, as a value that is stored and shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from jaxlayout.accept import Verdict
+from jaxlayout.graph.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What tuning a program came to."""
+
+    plan: Plan
+    verdict: Verdict
+    source: str
+    """Where the plan came from: measured, stored, pinned, nearest (measured, starting from the plan of another
+    shape), heuristic, or none."""
+    seconds: float = 0.0
+    """Spent on tuning when the plan was made."""
+    measured: int = 0
+    """How many convolutions and transposes were timed for it."""
+    folded: bool = False
+    """Whether the plan is for a program with scales folded into its kernels."""
+
+    @property
+    def kept(self) -> bool:
+        """Whether the rewritten function runs."""
+        return self.verdict.kept and (self.folded or not self.plan.trivial)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        rest = {name: getattr(self, name) for name in ("source", "seconds", "measured", "folded")}
+        return rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Outcome:
+        """The inverse of `to_json`; ValueError for anything else."""
+        try:
+            plan, verdict = Plan.from_json(data["plan"]), Verdict.from_json(data["verdict"])
+            return cls(**(data | {"plan": plan, "verdict": verdict}))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an outcome: {error!r}") from error
+
+
+def untouched(reason: str) -> Outcome:
+    """The outcome for a program that is left as it is."""
+    return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause="untried"), source="none")
