@@ -78,8 +78,6 @@ class Program:
     """Of the coarsest floating-point dtype in it."""
     forward: bool
     """Whether it has a jvp (a custom_vjp function has none)."""
-    hidden: bool
-    """Whether transposes may stand in a body that orders do not enter."""
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         env = dict(zip(self.inputs, args, strict=True))
@@ -123,7 +121,7 @@ class Builder:
         self.inputs: dict[str, Input] = {}
         self.values: dict[str, Any] = {}
         self.steps: list[Step] = []
-        self.forward, self.depth, self.convolutions, self.hidden = True, 0, 0, False
+        self.forward, self.depth, self.convolutions = True, 0, 0
 
     def input(self, shape: Sequence[int], dtype: Any = None, high: float = 2, low: int | None = -2) -> str:
         """A new argument; by default an operand of ordinary size."""
@@ -804,18 +802,16 @@ def gather(b: Builder, x: str) -> str:
     return b.do(f"take{axis}", lambda x, i: jnp.take(x, i, axis, mode="clip"), x, index)
 
 
-@step(rank=1)
-def loop(b: Builder, x: str) -> str:
-    """A region that orders do not enter (yet)."""
-
-    def fun(x: Any) -> Any:
-        return lax.fori_loop(0, 2, lambda i, x: -x, x)
-
-    return b.do("loop", fun, x)
-
-
-def _inner(b: Builder, x: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]], name: str, twice: bool) -> Any:
-    """Some steps as one function, called once, or on its own result too where that fits."""
+def _inner(
+    b: Builder,
+    x: str,
+    wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+    name: str,
+    twice: bool,
+    *more: str,
+) -> Any:
+    """Some steps as one function, called once, or on its own result too where that fits. `more`: operands that what is
+    wrapped around it takes before its own."""
     if b.depth > 1:
         return None
     inner = Builder(b.draw, exact=b.exact, dtype=b.dtype, kinks=b.kinks, x64=b.x64)
@@ -838,7 +834,7 @@ def _inner(b: Builder, x: str, wrap: Callable[[Callable[..., Any]], Callable[...
 
     text = "; ".join(f"{','.join(s.results)}={s.text}({','.join(s.operands)})" for s in steps)
     function = wrap(body)
-    out = b.do(f"{name}[{text} -> {results}]", function, x, *extras)[0]
+    out = b.do(f"{name}[{text} -> {results}]", function, x, *more, *extras)[0]
     if twice and b.values[out].shape == value.shape and b.values[out].dtype == value.dtype:
         out = b.do(f"the same {name}", function, out, *extras)[0]
     return b.tame(out)
@@ -856,10 +852,54 @@ def scoped(b: Builder, x: str) -> str | None:
 
 @step(dtypes="number")
 def checkpointed(b: Builder, x: str) -> str | None:
-    if b.depth:
-        return None
-    b.hidden = True
-    return _inner(b, x, jax.checkpoint, "checkpoint", False)
+    policy = b.one(None, jax.checkpoint_policies.dots_saveable)
+    return _inner(b, x, lambda body: jax.checkpoint(body, policy=policy), "checkpoint", False)
+
+
+@step(dtypes="any")
+def mapped(b: Builder, x: str) -> str | None:
+    """A scan over the elements of an array of one axis more; the other operands stay as they are."""
+
+    def wrap(body: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda x, *rest: lax.scan(lambda n, x: (n + 1, body(x, *rest)), 0, jnp.stack([x, x]))[1]
+
+    return _inner(b, x, wrap, "map", False)
+
+
+def _carried(body: Callable[..., Any], loop: Callable[..., Any]) -> Callable[..., Any]:
+    """A loop that carries the first argument round; the body itself where its first result is something else."""
+
+    def function(x: Any, *rest: Any) -> Any:
+        first, *others = jax.eval_shape(body, x, *rest)
+        same = first.shape == x.shape and first.dtype == x.dtype
+        return loop(lambda x: body(x, *rest), x) if same else body(x, *rest)
+
+    return function
+
+
+@step(dtypes="any", weight=4)
+def carried(b: Builder, x: str) -> str | None:
+    def loop(body: Callable[..., Any], x: Any) -> Any:
+        def again(carry: Any, _: Any) -> Any:
+            return (body(carry[1])[0], carry[0]), carry[1]
+
+        carry, olds = lax.scan(again, (x, x), None, length=3, reverse=True)
+        return (*carry, olds)
+
+    return _inner(b, x, lambda body: _carried(body, loop), "carry", False)
+
+
+@step(dtypes="any")
+def branched(b: Builder, x: str) -> str | None:
+    which = b.input((), "int32", 1, 0)
+
+    def wrap(body: Callable[..., Any]) -> Callable[..., Any]:
+        def other(x: Any, *rest: Any) -> Any:
+            return body(jnp.flip(x), *rest)
+
+        return lambda x, i, *rest: lax.switch(i, [body, other], x, *rest)
+
+    return _inner(b, x, wrap, "switch", False, which)
 
 
 @st.composite
@@ -898,7 +938,6 @@ def programs(draw: Any, *, kinks: bool = True, most: int = 7, exact: bool | None
         x64=x64,
         eps=max(eps, default=0.0),
         forward=b.forward,
-        hidden=b.hidden,
     )
 
 

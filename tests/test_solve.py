@@ -25,7 +25,7 @@ from jaxlayout.graph import solve as solving
 from jaxlayout.graph.build import LayoutGraph, Mode, Node, build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import RELUCTANCE, solve
-from jaxlayout.layout import Order, moves_data
+from jaxlayout.layout import Order, identity, moves_data
 
 SiteCost = Callable[[Node, Mode], float]
 ConversionCost = Callable[[Sequence[int], Any, Order, Order], float]
@@ -70,13 +70,13 @@ def milp_minimum(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: Conversio
         described = graph.values[value]
         if not moves_data(described.shape, held, wanted):
             return 0.0
-        return conversion_ns(described.shape, described.dtype, held, wanted)
+        return described.times * conversion_ns(described.shape, described.dtype, held, wanted)
 
     x: list[dict[int, int]] = []
     for node in graph.nodes:
         modes = {}
         for i, mode in enumerate(node.modes):
-            cost = site_ns(node, mode) if node.conv is not None or node.work is not None else 0.0
+            cost = node.times * site_ns(node, mode) if node.conv is not None or node.work is not None else 0.0
             if i == 0 and node.moved is not None:
                 cost += conversion(node.results[0], node.moved, mode.results[0])
             if cost < np.inf:
@@ -131,9 +131,9 @@ def recomputed_ns(graph: LayoutGraph, plan: Plan, site_ns: SiteCost, conversion_
     total = 0.0
     for node in nodes:
         chosen = plan.choices.get(node.path, node.modes[0])
-        total += site_ns(node, next(mode for mode in node.modes if mode == chosen))
+        total += node.times * site_ns(node, next(mode for mode in node.modes if mode == chosen))
     assert modes
-    return total + sum(conversion_ns(c.shape, c.dtype, c.held, c.wanted) for c in plan.conversions)
+    return total + sum(c.times * conversion_ns(c.shape, c.dtype, c.held, c.wanted) for c in plan.conversions)
 
 
 def changed(graph: LayoutGraph, plan: Plan) -> int:
@@ -143,10 +143,9 @@ def changed(graph: LayoutGraph, plan: Plan) -> int:
         chosen = plan.choices.get(node.path)
         if chosen is None:
             continue
-        if node.kind == "enter":
-            count += chosen.operands[node.slot] != node.modes[0].operands[0]
-        elif node.kind == "leave":
-            count += chosen.results[node.slot] != node.modes[0].results[0]
+        if node.port is not None:
+            outer = [chosen.operands[i] for i in node.port.operands] + [chosen.results[i] for i in node.port.results]
+            count += any(order != identity(len(order)) for order in outer)
         elif node.kind in ("equation", "site"):
             count += chosen != node.modes[0]
     return count

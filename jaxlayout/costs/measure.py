@@ -131,7 +131,7 @@ def _digits(orders: Sequence[Order]) -> str:
     return ",".join(".".join(map(str, order)) for order in orders)
 
 
-def work_job(work: Work, modes: Sequence[Mode], context: Context) -> Job:
+def work_job(work: Work, modes: Sequence[Mode]) -> Job:
     """The job of timing an equation in the orders it can work in."""
     by_id = {mode_id(mode): mode for mode in modes}
 
@@ -143,7 +143,7 @@ def work_job(work: Work, modes: Sequence[Mode], context: Context) -> Job:
         logical = [_random(rng, value.shape, value.dtype) for value in work.operands]
         return lambda name: tuple(map(np.transpose, logical, by_id[name].operands)), None
 
-    return Job(work.key, {name: alternative(mode) for name, mode in by_id.items()}, inputs, context=context)
+    return Job(work.key, {name: alternative(mode) for name, mode in by_id.items()}, inputs, context=work.context)
 
 
 def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context: Context) -> Job:

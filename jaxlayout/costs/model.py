@@ -140,7 +140,7 @@ class CostModel:
             if node.work is None or len(node.modes) == 1:
                 continue
             if not {mode_id(mode) for mode in node.modes} <= self.known(node.work.key).keys():
-                jobs[node.work.key] = work_job(node.work, node.modes, self.context)
+                jobs[node.work.key] = work_job(node.work, node.modes)
         return list(jobs.values())
 
     def missing_conversions(self, plan: Plan) -> list[Job]:

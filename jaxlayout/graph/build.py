@@ -1,8 +1,8 @@
 """`LayoutGraph`: a program as the solver sees it. Nodes are equations with the orders they can work in
 (modes), values are what flows between them; a value may be converted between producer and consumer.
 
-The graph is nested as the program is, and written flat: equations inside a called jaxpr are nodes like any
-other, named by their path, and each operand and result of the call passes through a node of its own.
+The graph is nested as the program is, and written flat: equations inside a jaxpr that another equation runs are
+nodes like any other, named by their path, and what passes into it and out of it does so through nodes of its own.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
-from jaxlayout.graph.rules import Orders, RegionRule, Rule, follow, rule_for
+from jaxlayout.graph.rules import Body, Orders, Port, RegionRule, Rule, follow, rule_for
 from jaxlayout.layout import Order, identity
 from jaxlayout.program import plain
 
 Path = tuple[int, ...]
-"""Where an equation is: its index in the program, then in the jaxpr that it calls, and so on."""
+"""Where an equation is: its index in the program, then which of that equation's bodies, the index in there, and so
+on."""
 
 MAX_ORDERS = 5
 """How many orders of one value are considered. Two to three occur; a program that permutes its axes back and
@@ -50,6 +51,8 @@ class Value:
 
     shape: tuple[int, ...]
     dtype: Any
+    times: float = 1.0
+    """How often it is made each time the program runs."""
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +66,7 @@ class Work:
 
     key: str
     """What is computed: equal for equal equations."""
+    context: Context
     operands: tuple[Value, ...]
     apply: Callable[[Mode, Sequence[Any]], list[Any]] = field(compare=False)
     """Physical operands to physical results in a mode."""
@@ -73,9 +77,7 @@ class Node:
     """`operands` and `results` are indices of values; `modes[0]` is what the user wrote."""
 
     path: Path
-    kind: Literal["input", "output", "equation", "enter", "leave", "barrier", "site"]
-    slot: int
-    """Which operand or result of the call passes through an enter or leave node; 0 otherwise."""
+    kind: Literal["input", "output", "equation", "port", "barrier", "site"]
     operands: tuple[int, ...]
     results: tuple[int, ...]
     modes: tuple[Mode, ...]
@@ -85,6 +87,11 @@ class Node:
     moved: Order | None = None
     """A transpose that the user wrote: the order of its result if it is absorbed; `modes[0]` is to do it."""
     work: Work | None = None
+    port: Port | None = None
+    """Of a port: `operands` are the equation's operands, then the bodies' results that it is; `results` are what the
+    bodies get, then the equation's results."""
+    times: float = 1.0
+    """How often it runs each time the program does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +129,27 @@ def build_graph(
 ) -> LayoutGraph:
     """The graph of a closed jaxpr. `enumerate_candidates(signature, as written)` gives the ways to compute a
     convolution, the written one first. `still`: the variables of the jaxpr that are computed once."""
-    builder = _Builder(enumerate_candidates, context)
-    outer = open_jaxpr(jaxpr)
-    env = {var: builder.produced(var.aval, (), i, "input") for i, var in enumerate(outer.invars)}
-    outs = builder.region(jaxpr, env, ())
-    for i, (value, rank) in enumerate(outs):
-        builder.add((), "output", i, [value], [], _only([rank], []))
+    builder = _Builder(enumerate_candidates)
+    outer, place = open_jaxpr(jaxpr), _Place((), context, 1.0)
+    env = {var: builder.produced(var.aval, place, "input") for var in outer.invars}
+    for value, rank in builder.region(jaxpr, env, place):
+        builder.add(place, "output", [value], [], _only([rank], []))
     return replace(builder.finish(), still=frozenset(env[var][0] for var in still if var in env))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where an equation is, how it is compiled there, and how often it runs."""
+
+    path: Path
+    context: Context
+    times: float
+
+    def at(self, index: int) -> _Place:
+        return replace(self, path=(*self.path, index))
+
+    def within(self, index: int, body: Body) -> _Place:
+        return _Place((*self.path, index), "nested" if body.apart else self.context, self.times * body.times)
 
 
 @dataclass(slots=True)
@@ -150,69 +171,78 @@ def _rank(atom: Any) -> int:
     return len(atom.aval.shape)
 
 
+def _through(port: Port) -> Callable[[int, Order], Mode | None]:
+    """How orders pass through a port: the mode in which one of its values has an order."""
+    outer, results = len(port.operands), len(port.operands) + len(port.outvars) + len(port.invars)
+
+    def extend(slot: int, order: Order) -> Mode | None:
+        inside = order if outer <= slot < results else port.inside(order)
+        if inside is None:
+            return None
+        outside = port.outside(inside)
+        operands = (outside,) * outer + (inside,) * len(port.outvars)
+        return Mode(operands, (inside,) * len(port.invars) + (outside,) * len(port.results))
+
+    return extend
+
+
 class _Builder:
-    def __init__(self, enumerate_candidates: Enumerate, context: Context):
+    def __init__(self, enumerate_candidates: Enumerate):
         self.enumerate = enumerate_candidates
-        self.context: Context = context
         self.values: list[Value] = []
         self.drafts: list[_Draft] = []
 
-    def value(self, aval: Any) -> int:
-        self.values.append(Value(tuple(aval.shape), aval.dtype))
+    def value(self, aval: Any, place: _Place) -> int:
+        self.values.append(Value(tuple(aval.shape), aval.dtype, place.times))
         return len(self.values) - 1
 
     def add(
         self,
-        path: Path,
+        place: _Place,
         kind: Any,
-        slot: int,
         operands: Sequence[int],
         results: Sequence[int],
         modes: Sequence[Mode],
         extend: Callable[[int, Order], Mode | None] | None = None,
-        conv: ConvSignature | None = None,
-        name: str = "",
-        moved: Order | None = None,
-        work: Work | None = None,
+        **more: Any,
     ) -> None:
-        node = Node(path, kind, slot, tuple(operands), tuple(results), (), conv, name, moved, work)
+        node = Node(place.path, kind, tuple(operands), tuple(results), (), times=place.times, **more)
         self.drafts.append(_Draft(node, dict.fromkeys(modes), extend))
 
-    def produced(self, aval: Any, path: Path, slot: int, kind: Any) -> tuple[int, int]:
+    def produced(self, aval: Any, place: _Place, kind: Any) -> tuple[int, int]:
         """A value that arrives in the user's order: its index and rank."""
         rank = len(getattr(aval, "shape", ()))
         if not hasattr(aval, "shape"):  # tokens
             return -1, 0
-        value = self.value(aval)
-        self.add(path, kind, slot, [], [value], _only([], [rank]))
+        value = self.value(aval, place)
+        self.add(place, kind, [], [value], _only([], [rank]))
         return value, rank
 
-    def region(self, jaxpr: Any, env: dict[Any, tuple[int, int]], path: Path) -> list[tuple[int, int]]:
+    def region(self, jaxpr: Any, env: dict[Any, tuple[int, int]], place: _Place) -> list[tuple[int, int]]:
         """Add the nodes of one jaxpr; `env` holds its arguments. Gives its results."""
         inner = open_jaxpr(jaxpr)
-        for i, var in enumerate(inner.constvars):
-            env[var] = self.produced(var.aval, path, i, "input")
+        for var in inner.constvars:
+            env[var] = self.produced(var.aval, place, "input")
 
         def read(atom: Any) -> tuple[int, int]:
-            return self.produced(atom.aval, path, 0, "input") if isinstance(atom, LiteralAtom) else env[atom]
+            return self.produced(atom.aval, place, "input") if isinstance(atom, LiteralAtom) else env[atom]
 
         for i, eqn in enumerate(inner.eqns):
             operands = [read(atom)[0] for atom in eqn.invars]
-            env.update(zip(eqn.outvars, self.equation(eqn, operands, (*path, i)), strict=True))
+            env.update(zip(eqn.outvars, self.equation(eqn, operands, place.at(i)), strict=True))
         return [read(atom) for atom in inner.outvars]
 
-    def equation(self, eqn: Any, operands: list[int], path: Path) -> list[tuple[int, int]]:
+    def equation(self, eqn: Any, operands: list[int], place: _Place) -> list[tuple[int, int]]:
         rule = rule_for(eqn.primitive)
-        if isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
-            return self.call(eqn, body, operands, path)
-        atoms = (*eqn.invars, *eqn.outvars)
-        if any(not hasattr(atom.aval, "shape") for atom in atoms):
-            return [self.produced(v.aval, path, i, "barrier") for i, v in enumerate(eqn.outvars)]
-        results = [self.value(v.aval) for v in eqn.outvars]
+        if any(not hasattr(atom.aval, "shape") for atom in (*eqn.invars, *eqn.outvars)):  # tokens
+            return [self.produced(v.aval, place, "barrier") for v in eqn.outvars]
+        if isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
+            return self.call(eqn, rule, bodies, operands, place)
+        results = [self.value(v.aval, place) for v in eqn.outvars]
         ranks = [_rank(v) for v in eqn.invars], [_rank(v) for v in eqn.outvars]
         name = str(eqn.primitive)
         if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and eqn.params.get("out_sharding") is None:
-            self.site(eqn, operands, results, path)
+            self.site(eqn, operands, results, place)
         elif isinstance(rule, Rule) and static_shapes(eqn) and (labelling := rule.axes(eqn)) is not None:
 
             def extend(slot: int, order: Order) -> Mode | None:
@@ -221,13 +251,13 @@ class _Builder:
 
             (written,), free = _only(*ranks), extend(0, identity(ranks[0][0])) if rule.moves else None
             modes = (written,) if free is None else (written, free)
-            moved = free and free.results[0]
-            self.add(path, "equation", 0, operands, results, modes, extend, None, name, moved, self.work(eqn, rule))
+            moved, work = free and free.results[0], self.work(eqn, rule, place.context)
+            self.add(place, "equation", operands, results, modes, extend, name=name, moved=moved, work=work)
         else:
-            self.add(path, "barrier", 0, operands, results, _only(*ranks), name=name)
+            self.add(place, "barrier", operands, results, _only(*ranks), name=name)
         return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
 
-    def work(self, eqn: Any, rule: Rule) -> Work | None:
+    def work(self, eqn: Any, rule: Rule, context: Context) -> Work | None:
         values = [Value(tuple(v.aval.shape), v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)]
         if not rule.sensitive or sum(value.nbytes for value in values) < SMALL:
             return None
@@ -236,28 +266,33 @@ class _Builder:
         def apply(mode: Mode, operands: Sequence[Any]) -> list[Any]:
             return rule.apply(eqn, operands, Orders(mode.operands, mode.results))
 
-        key = f"{eqn.primitive} {shapes} {plain(eqn.params)} in={self.context}"
-        return Work(key, tuple(values[: len(eqn.invars)]), apply)
+        key = f"{eqn.primitive} {shapes} {plain(eqn.params)} in={context}"
+        return Work(key, context, tuple(values[: len(eqn.invars)]), apply)
 
-    def call(self, eqn: Any, body: Any, operands: list[int], path: Path) -> list[tuple[int, int]]:
-        def through(aval: Any, value: int, kind: Any, slot: int) -> tuple[int, int]:
-            if not hasattr(aval, "shape"):
-                return -1, 0
-            rank, passed = len(aval.shape), self.value(aval)
-            self.add(
-                path, kind, slot, [value], [passed], _only([rank], [rank]),
-                lambda _, order: Mode((order,), (order,)), name=str(eqn.primitive),
-            )  # fmt: skip
-            return passed, rank
+    def call(
+        self, eqn: Any, rule: RegionRule, bodies: Sequence[Body], operands: list[int], place: _Place
+    ) -> list[tuple[int, int]]:
+        """An equation that runs jaxprs: their nodes, and one for each port."""
+        places = [place.within(b, body) for b, body in enumerate(bodies)]
+        invars = [open_jaxpr(body.jaxpr).invars for body in bodies]
+        given = [[self.value(v.aval, within) for v in vars_] for vars_, within in zip(invars, places, strict=True)]
+        left = []
+        for body, vars_, values, within in zip(bodies, invars, given, places, strict=True):
+            env = {var: (value, _rank(var)) for var, value in zip(vars_, values, strict=True)}
+            left.append(self.region(body.jaxpr, env, within))
+        results = [self.value(v.aval, place) for v in eqn.outvars]
+        for port in rule.ports(eqn):
+            taken = [*(operands[i] for i in port.operands), *(left[b][i][0] for b, i in port.outvars)]
+            made = [*(given[b][i] for b, i in port.invars), *(results[i] for i in port.results)]
+            extend, slot = _through(port), min(len(port.operands), len(taken) + len(made) - 1)
+            written = extend(slot, identity(len(self.values[(*taken, *made)[slot]].shape)))
+            assert written is not None
+            self.add(place, "port", taken, made, (written,), extend, name=str(eqn.primitive), port=port)
+        return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
 
-        inner = open_jaxpr(body)
-        entered = [through(v.aval, o, "enter", i) for i, (v, o) in enumerate(zip(inner.invars, operands, strict=True))]
-        results = self.region(body, dict(zip(inner.invars, entered, strict=True)), path)
-        return [through(v.aval, o, "leave", i) for i, (v, (o, _)) in enumerate(zip(eqn.outvars, results, strict=True))]
-
-    def site(self, eqn: Any, operands: list[int], results: list[int], path: Path) -> None:
+    def site(self, eqn: Any, operands: list[int], results: list[int], place: _Place) -> None:
         lhs, rhs = (v.aval for v in eqn.invars)
-        conv = ConvSignature.of(lhs, rhs, eqn.params, self.context)
+        conv = ConvSignature.of(lhs, rhs, eqn.params, place.context)
         written = written_order(eqn.params)
         modes = [
             Mode(
@@ -267,7 +302,7 @@ class _Builder:
             )
             for c in self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
         ]
-        self.add(path, "site", 0, operands, results, modes, conv=conv, name=str(eqn.primitive))
+        self.add(place, "site", operands, results, modes, conv=conv, name=str(eqn.primitive))
 
     def finish(self) -> LayoutGraph:
         """Let the orders of the sites flow through the graph until nothing new is found."""

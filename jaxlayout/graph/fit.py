@@ -23,8 +23,9 @@ def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         here = (*path, i)
         yield here, eqn
         rule = rule_for(eqn.primitive)
-        if isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
-            yield from located(body, here)
+        bodies = rule.bodies(eqn) if isinstance(rule, RegionRule) else None
+        for b, body in enumerate(bodies or ()):
+            yield from located(body.jaxpr, (*here, b))
 
 
 def check_fit(jaxpr: Any, plan: Plan) -> None:
@@ -58,7 +59,10 @@ def _objection(eqn: Any, mode: Mode) -> str:
         slots = enumerate((*orders.operands, *orders.results))
         possible = any(follow(labelling, slot, order) == orders for slot, order in slots)
         return "" if possible else "cannot have the orders that the plan says"
-    return "" if isinstance(rule, RegionRule) and rule.body(eqn) is not None else "has no rule for other orders"
+    if isinstance(rule, RegionRule) and rule.bodies(eqn) is not None:
+        fits = rule.inner_orders(eqn, Orders(mode.operands, mode.results)) is not None
+        return "" if fits else "cannot have the orders that the plan says"
+    return "has no rule for other orders"
 
 
 def _site_objection(eqn: Any, mode: Mode, candidate: Candidate) -> str:

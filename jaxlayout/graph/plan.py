@@ -13,7 +13,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,8 @@ class Conversion:
     wanted: Order
     before: Path
     """The equation that wants it; () for the function's own results."""
+    times: float = 1.0
+    """How often it is done each time the program runs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,8 @@ class Plan:
                 for path, mode in self.choices.items()
             ],
             "conversions": [
-                [list(c.shape), c.dtype, list(c.held), list(c.wanted), list(c.before)] for c in self.conversions
+                [list(c.shape), c.dtype, list(c.held), list(c.wanted), list(c.before), c.times]
+                for c in self.conversions
             ],
             "predicted_ns": self.predicted_ns,
             "written_ns": self.written_ns,
@@ -93,8 +96,8 @@ class Plan:
                     for path, operands, results, candidate in data["choices"]
                 },
                 conversions=tuple(
-                    Conversion(tuple(shape), str(dtype), tuple(held), tuple(wanted), tuple(before))
-                    for shape, dtype, held, wanted, before in data["conversions"]
+                    Conversion(tuple(shape), str(dtype), tuple(held), tuple(wanted), tuple(before), float(times))
+                    for shape, dtype, held, wanted, before, times in data["conversions"]
                 ),
                 predicted_ns=float(data["predicted_ns"]),
                 written_ns=float(data["written_ns"]),

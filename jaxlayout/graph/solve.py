@@ -75,7 +75,7 @@ class _Problem:
     def mode_ns(self, node: Node, mode: Mode) -> float:
         """What a node costs in itself: the time of what depends on the order, the move of a transpose that stays."""
         if node.conv is not None or node.work is not None:
-            return self.site_ns(node, mode)
+            return node.times * self.site_ns(node, mode)
         if node.moved is not None and mode is node.modes[0]:
             return self.ns(node.results[0], node.moved, mode.results[0])
         return 0.0
@@ -84,7 +84,7 @@ class _Problem:
         described = self.graph.values[value]
         if value in self.graph.still or not moves_data(described.shape, held, wanted):
             return 0.0
-        return self.conversion_ns(described.shape, described.dtype, held, wanted)
+        return described.times * self.conversion_ns(described.shape, described.dtype, held, wanted)
 
     def shared(self, value: int, producer: int, home: Sequence[Order], wanted: dict[int, list[set[Order]]]) -> None:
         """A state is the order a value is produced in and the set of others that it is converted to."""
@@ -117,7 +117,7 @@ def wiring(graph: LayoutGraph) -> tuple[dict[int, tuple[int, int]], dict[int, di
             if value >= 0 and len(graph.values[value].shape) > 1:
                 producers[value] = (i, slot)
         for slot, value in enumerate(node.operands):
-            if value >= 0 and len(graph.values[value].shape) > 1:
+            if value >= 0 and len(graph.values[value].shape) > 1 and value not in node.results:
                 consumers[value][i].append(slot)
     return {v: p for v, p in producers.items() if v in consumers}, consumers
 
@@ -127,7 +127,7 @@ def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, 
     was not produced in, however many want it. Those that are done once are not among them."""
     producers, consumers = wiring(graph)
     found = [
-        Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path)
+        Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path, node.times)
         for node, mode in zip(graph.nodes, modes, strict=True)
         if node.moved is not None and mode is node.modes[0] and node.results[0] not in graph.still
         for described in (graph.values[node.results[0]],)
@@ -143,26 +143,27 @@ def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, 
                 if wanted not in made:
                     made.add(wanted)
                     if moves_data(described.shape, held, wanted):
-                        path = graph.nodes[consumer].path
-                        found.append(Conversion(described.shape, str(described.dtype), held, wanted, path))
+                        before, dtype = graph.nodes[consumer].path, str(described.dtype)
+                        found.append(Conversion(described.shape, dtype, held, wanted, before, described.times))
     return tuple(found)
 
 
 def _choices(graph: LayoutGraph, modes: Sequence[Mode]) -> dict:
-    """The modes that are not what the user wrote, and all convolutions where there is any such; a call's is put
-    together from what passes into and out of it."""
+    """The modes that are not what the user wrote, and all convolutions where there is any such; that of an equation
+    with bodies is put together from its ports."""
     if all(mode is node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True)):
         return {}
     choices = {}
     through: dict = defaultdict(lambda: ({}, {}))
     for node, mode in zip(graph.nodes, modes, strict=True):
-        if node.kind in ("enter", "leave"):
-            side = through[node.path][node.kind == "leave"]
-            side[node.slot] = mode.operands[0]
+        if node.port is not None:
+            entering, leaving = through[node.path]
+            entering.update(zip(node.port.operands, mode.operands, strict=False))  # then come the bodies' own
+            leaving.update(zip(node.port.results, mode.results[len(node.port.invars) :], strict=True))
         elif mode is not node.modes[0] or node.kind == "site":
             choices[node.path] = mode
-    for path, (entered, left) in through.items():
-        mode = Mode(tuple(o for _, o in sorted(entered.items())), tuple(o for _, o in sorted(left.items())))
+    for path, (entering, leaving) in through.items():
+        mode = Mode(tuple(o for _, o in sorted(entering.items())), tuple(o for _, o in sorted(leaving.items())))
         if any(order != identity(len(order)) for order in (*mode.operands, *mode.results)):
             choices[path] = mode
     return choices

@@ -111,20 +111,28 @@ class _Interpreter:
         return [_held(out, order) for out, order in zip(outs, orders.results, strict=True)]
 
     def call(self, eqn: Any, rule: Any, arrays: Sequence[Any], orders: Orders, path: Path) -> list[Any]:
-        jaxpr = rule.body(eqn) if isinstance(rule, RegionRule) else None
-        if jaxpr is None:
+        bodies = rule.bodies(eqn) if isinstance(rule, RegionRule) else None
+        if bodies is None:
             raise misfit(eqn, path, "cannot be entered")
+        inner = rule.inner_orders(eqn, orders)
+        if inner is None:
+            raise misfit(eqn, path, "cannot have the orders that the plan says")
+        pairs = enumerate(zip(bodies, inner, strict=True))
+        retraced = [self.body(eqn, body.jaxpr, orders, (*path, b)) for b, (body, orders) in pairs]
+        return rule.rebuild(eqn, retraced, arrays, orders)
+
+    def body(self, eqn: Any, jaxpr: Any, orders: Orders, path: Path) -> Callable[..., list[Any]]:
         key = (id(jaxpr), orders, self.inside.get(path, ()))
         if key not in self.bodies:
 
-            def body(*args: Any) -> list[Any]:
+            def run(*args: Any) -> list[Any]:
                 held = [_held(x, order) for x, order in zip(args, orders.operands, strict=True)]
                 outs = self.region(jaxpr, held, path)
                 return [_in_order(x, order) for x, order in zip(outs, orders.results, strict=True)]
 
-            body.__name__ = body.__qualname__ = str(eqn.params.get("name", eqn.primitive))
-            self.bodies[key] = body
-        return rule.rebuild(eqn, self.bodies[key], arrays, orders)
+            run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive))
+            self.bodies[key] = run
+        return self.bodies[key]
 
 
 def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:

@@ -36,8 +36,8 @@ def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, ex
             lowered = jax.make_jaxpr(partial(evaluate, chosen_lowering(eqn.params), conv, dims))(*operands)
             return eval_equations(lowered, operands, bind)
         rule = rule_for(eqn.primitive)
-        if eqn.primitive is p.jit_p and isinstance(rule, RegionRule) and (body := rule.body(eqn)) is not None:
-            return eval_equations(body, operands, bind)
+        if eqn.primitive is p.jit_p and isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
+            return eval_equations(bodies[0].jaxpr, operands, bind)
         return None
 
     traced = jax.make_jaxpr(function)(*args)

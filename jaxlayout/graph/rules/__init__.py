@@ -1,9 +1,11 @@
 """The table of rules, one per primitive family; importing this package fills it."""
 
-from jaxlayout.graph.rules import calls, elementwise, reductions, shapes
+from jaxlayout.graph.rules import calls, elementwise, loops, reductions, shapes
 from jaxlayout.graph.rules.base import (
+    Body,
     Labelling,
     Orders,
+    Port,
     RegionRule,
     Rule,
     follow,
@@ -13,13 +15,16 @@ from jaxlayout.graph.rules.base import (
 )
 
 __all__ = [
+    "Body",
     "Labelling",
     "Orders",
+    "Port",
     "RegionRule",
     "Rule",
     "calls",
     "elementwise",
     "follow",
+    "loops",
     "reductions",
     "register_rule",
     "registered_rule",

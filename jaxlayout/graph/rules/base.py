@@ -18,7 +18,7 @@ from typing import Any
 
 from jax.extend.core import Primitive
 
-from jaxlayout._compat import bind_equation
+from jaxlayout._compat import bind_equation, open_jaxpr
 from jaxlayout.layout import Order
 
 Axes = tuple[tuple[int, ...], ...]
@@ -69,13 +69,73 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class RegionRule:
-    """A primitive that calls a jaxpr, one operand for each of its invars, one result for each outvar."""
+class Body:
+    """A jaxpr that an equation runs."""
 
-    body: Callable[[Any], Any | None]
-    """Equation to closed jaxpr; None: this equation is a barrier."""
-    rebuild: Callable[[Any, Callable[..., list[Any]], Sequence[Any], Orders], list[Any]]
-    """Make the call anew: equation, the re-traced body (physical in, physical out), operands, orders."""
+    jaxpr: Any
+    times: float = 1.0
+    """How often, each time the equation runs."""
+    apart: bool = False
+    """Whether it is compiled as a computation of its own: a loop's body, a branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Port:
+    """One array on its way into, through or out of the bodies of an equation: these all have one order."""
+
+    operands: tuple[int, ...] = ()
+    """Those of the equation's operands, and of its results, that it is."""
+    results: tuple[int, ...] = ()
+    invars: tuple[tuple[int, int], ...] = ()
+    """Those of the bodies' own (which body, which of its invars or outvars)."""
+    outvars: tuple[tuple[int, int], ...] = ()
+    stacked: bool = False
+    """Whether outside it is one array of many, along an axis more that stands first."""
+
+    def outside(self, order: Order) -> Order:
+        """The order of the equation's operand or result when the bodies have `order`."""
+        return (0, *(axis + 1 for axis in order)) if self.stacked else order
+
+    def inside(self, order: Order) -> Order | None:
+        """The inverse of `outside`; None where bodies cannot have that."""
+        if not self.stacked:
+            return order
+        return tuple(axis - 1 for axis in order[1:]) if order[0] == 0 else None
+
+
+Bodies = Sequence[Callable[..., list[Any]]]
+"""The re-traced bodies of an equation: physical operands to physical results."""
+
+
+@dataclass(frozen=True, slots=True)
+class RegionRule:
+    """A primitive that runs jaxprs."""
+
+    bodies: Callable[[Any], tuple[Body, ...] | None]
+    """Equation to its bodies; None: this equation is a barrier."""
+    ports: Callable[[Any], tuple[Port, ...]]
+    """What passes between the equation and its bodies; every operand, result, invar and outvar is of one port."""
+    rebuild: Callable[[Any, Bodies, Sequence[Any], Orders], list[Any]]
+    """Make the equation anew: equation, its re-traced bodies, physical operands, orders."""
+
+    def inner_orders(self, eqn: Any, orders: Orders) -> tuple[Orders, ...] | None:
+        """The orders of each body's invars and outvars when the equation has these; None where that cannot be."""
+        known: dict[Any, Order] = {}
+        for port in self.ports(eqn):
+            outer = [*(orders.operands[i] for i in port.operands), *(orders.results[i] for i in port.results)]
+            inner = {port.inside(order) for order in outer} or {()}  # a loop's condition stays inside
+            if len(inner) != 1 or (order := inner.pop()) is None:
+                return None
+            known |= {("in", *place): order for place in port.invars}
+            known |= {("out", *place): order for place in port.outvars}
+        bodies = [open_jaxpr(body.jaxpr) for body in self.bodies(eqn) or ()]
+        return tuple(
+            Orders(
+                tuple(known["in", b, i] for i in range(len(body.invars))),
+                tuple(known["out", b, i] for i in range(len(body.outvars))),
+            )
+            for b, body in enumerate(bodies)
+        )
 
 
 _table: dict[Primitive, Rule | RegionRule] = {}

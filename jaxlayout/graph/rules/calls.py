@@ -1,4 +1,4 @@
-"""Primitives that call a jaxpr: `jit`, and functions with a derivative rule of the user's own."""
+"""Primitives that call a jaxpr: `jit`, `checkpoint`, and functions with a derivative rule of the user's own."""
 
 from __future__ import annotations
 
@@ -9,28 +9,70 @@ import jax
 import numpy as np
 from jax import lax
 from jax.extend.core import primitives as p
+from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxlayout._compat import bind_equation, unspecified_sharding
-from jaxlayout.graph.rules.base import Orders, RegionRule, register_rule
+from jaxlayout._compat import bind_equation, consts_as_arguments, consts_of, open_jaxpr, unspecified_sharding
+from jaxlayout.convs.primitive import conv_params, tuned_conv_p
+from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, register_rule
 from jaxlayout.layout import Order, conversion, identity
 from jaxlayout.layout.order import permuted
 
 
-def _jit_body(eqn: Any) -> Any | None:
+def straight(eqn: Any) -> tuple[Port, ...]:
+    """An operand for each of the one body's invars, a result for each outvar."""
+    entering = (Port(operands=(i,), invars=((0, i),)) for i in range(len(eqn.invars)))
+    leaving = (Port(results=(i,), outvars=((0, i),)) for i in range(len(eqn.outvars)))
+    return (*entering, *leaving)
+
+
+def _jit_body(eqn: Any) -> tuple[Body, ...] | None:
     params, unspecified = eqn.params, unspecified_sharding()
     shardings = (*params["in_shardings"], *params["out_shardings"])
     layouts = (*params["in_layouts"], *params["out_layouts"])
     if any(s is not unspecified for s in shardings) or any(x is not None for x in layouts):
         return None  # stated for the order the user wrote
-    return params["jaxpr"]
+    return (Body(params["jaxpr"]),)
 
 
-def _rebuild_jit(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
+def _rebuild_jit(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
+    (body,) = bodies
     jitted = jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
     return jitted(*operands)
 
 
-register_rule(p.jit_p, RegionRule(_jit_body, _rebuild_jit))
+register_rule(p.jit_p, RegionRule(_jit_body, straight, _rebuild_jit))
+
+
+def _as_convolutions(policy: Any) -> Any:
+    """A checkpoint policy that takes a convolution of ours for one of JAX's."""
+    if policy is None:
+        return None
+
+    def answer(primitive: Any, *avals: Any, **params: Any) -> Any:
+        if primitive is tuned_conv_p:
+            primitive, params = conv_general_dilated_p, conv_params(params)
+        return policy(primitive, *avals, **params)
+
+    return answer
+
+
+def _rebuild_checkpoint(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
+    (body,) = bodies
+    params = eqn.params
+    if not params["differentiated"]:
+        again = jax.checkpoint(
+            lambda *args: body(*args), prevent_cse=params["prevent_cse"], policy=_as_convolutions(params["policy"])
+        )
+        return list(again(*operands))
+    # What autodiff left to be computed again: the barrier that keeps it from being merged with the first time is this
+    # equation's own.
+    traced = jax.make_jaxpr(body)(*operands)
+    if consts := list(consts_of(traced)):
+        traced, operands = consts_as_arguments(traced, operands), [*consts, *operands]
+    return bind_equation(eqn, operands, jaxpr=open_jaxpr(traced))
+
+
+register_rule(p.remat_p, RegionRule(lambda eqn: (Body(eqn.params["jaxpr"]),), straight, _rebuild_checkpoint))
 
 
 def _reordered(arrays: Sequence[Any], held: Sequence[Order], wanted: Sequence[Order]) -> tuple[Any, ...]:
@@ -50,16 +92,17 @@ def _written(orders: Sequence[Order]) -> tuple[Order, ...]:
     return tuple(identity(len(order)) for order in orders)
 
 
-def _plain_custom(eqn: Any) -> Any | None:
+def _plain_custom(eqn: Any) -> tuple[Body, ...] | None:
     """Barriers: closed-over constants (JAX cannot differentiate such an equation either) and rules that want to
     see symbolic zeros."""
     params = eqn.params
-    return None if params["num_consts"] or params["symbolic_zeros"] else params["call_jaxpr"]
+    return None if params["num_consts"] or params["symbolic_zeros"] else (Body(params["call_jaxpr"]),)
 
 
-def _rebuild_custom_jvp(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
+def _rebuild_custom_jvp(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
     """A new `custom_jvp` around the re-traced body; its rule runs the user's rule, through the jvp of the bound
     original equation."""
+    (body,) = bodies
     ins, outs = orders.operands, orders.results
     fun = jax.custom_jvp(lambda *args: tuple(body(*args)))
 
@@ -75,8 +118,9 @@ def _rebuild_custom_jvp(eqn: Any, body: Callable[..., list[Any]], operands: Sequ
     return list(fun(*operands))
 
 
-def _rebuild_custom_vjp(eqn: Any, body: Callable[..., list[Any]], operands: Sequence[Any], orders: Orders) -> list[Any]:
+def _rebuild_custom_vjp(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
     """Likewise: the residuals are those of the user's own forward rule, inside the vjp of the bound equation."""
+    (body,) = bodies
     ins, outs = orders.operands, orders.results
     fun = jax.custom_vjp(lambda *args: tuple(body(*args)))
 
@@ -92,5 +136,5 @@ def _rebuild_custom_vjp(eqn: Any, body: Callable[..., list[Any]], operands: Sequ
     return list(fun(*operands))
 
 
-register_rule(p.custom_jvp_call_p, RegionRule(_plain_custom, _rebuild_custom_jvp))
-register_rule(p.custom_vjp_call_p, RegionRule(_plain_custom, _rebuild_custom_vjp))
+register_rule(p.custom_jvp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_jvp))
+register_rule(p.custom_vjp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_vjp))

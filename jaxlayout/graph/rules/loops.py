@@ -1,0 +1,121 @@
+"""Loops and branches: `scan`, `while` and `cond`, rebuilt by the functions of `jax.lax` that made them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax import lax
+from jax.extend.core import primitives as p
+
+from jaxlayout._compat import open_jaxpr
+from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, register_rule
+
+WHILE_TRIPS = 10.0
+"""How often a loop is believed to run that does not say."""
+
+
+def _rank(atom: Any) -> int:
+    return len(getattr(atom.aval, "shape", ()))
+
+
+def _scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many of a scan's operands are constants, and how many are carried round; the others have an axis more than
+    in the body. (The parameters that tell this differ between versions of JAX.)"""
+    inner = open_jaxpr(eqn.params["jaxpr"])
+    carried = sum(_rank(a) == _rank(b) for a, b in zip(eqn.outvars, inner.outvars, strict=True))
+    unstacked = sum(_rank(a) == _rank(b) for a, b in zip(eqn.invars, inner.invars, strict=True))
+    return unstacked - carried, carried
+
+
+def _scan_ports(eqn: Any) -> tuple[Port, ...]:
+    consts, carried = _scan_parts(eqn)
+    operands, results = range(len(eqn.invars)), range(len(eqn.outvars))
+    return (
+        *(Port(operands=(i,), invars=((0, i),)) for i in operands[:consts]),
+        *(
+            Port(operands=(i,), results=(i - consts,), invars=((0, i),), outvars=((0, i - consts),))
+            for i in operands[consts : consts + carried]
+        ),
+        *(Port(operands=(i,), invars=((0, i),), stacked=True) for i in operands[consts + carried :]),
+        *(Port(results=(i,), outvars=((0, i),), stacked=True) for i in results[carried:]),
+    )
+
+
+def _rebuild_scan(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
+    (body,) = bodies
+    consts, carried = _scan_parts(eqn)
+    held, rest = operands[:consts], operands[consts:]
+
+    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+        outs = body(*held, *carry, *xs)
+        return tuple(outs[:carried]), tuple(outs[carried:])
+
+    names = ("length", "reverse", "unroll", "_split_transpose")
+    settings = {name: eqn.params[name] for name in names if name in eqn.params}
+    carry, ys = lax.scan(step, tuple(rest[:carried]), tuple(rest[carried:]), **settings)
+    return [*carry, *ys]
+
+
+register_rule(
+    p.scan_p,
+    RegionRule(
+        lambda eqn: (Body(eqn.params["jaxpr"], float(eqn.params["length"]), apart=True),), _scan_ports, _rebuild_scan
+    ),
+)
+
+
+def _while_bodies(eqn: Any) -> tuple[Body, ...]:
+    return tuple(Body(eqn.params[f"{name}_jaxpr"], WHILE_TRIPS, apart=True) for name in ("cond", "body"))
+
+
+def _while_ports(eqn: Any) -> tuple[Port, ...]:
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    return (
+        *(Port(operands=(i,), invars=((0, i),)) for i in range(first)),
+        *(Port(operands=(first + i,), invars=((1, i),)) for i in range(second)),
+        *(
+            Port(
+                operands=(first + second + i,),
+                results=(i,),
+                invars=((0, first + i), (1, second + i)),
+                outvars=((1, i),),
+            )
+            for i in range(len(eqn.outvars))
+        ),
+        Port(outvars=((0, 0),)),
+    )
+
+
+def _rebuild_while(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
+    holds, body = bodies
+    first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    one, two, carry = operands[:first], operands[first : first + second], operands[first + second :]
+    return list(
+        lax.while_loop(lambda carry: holds(*one, *carry)[0], lambda carry: tuple(body(*two, *carry)), tuple(carry))
+    )
+
+
+register_rule(p.while_p, RegionRule(_while_bodies, _while_ports, _rebuild_while))
+
+
+def _cond_bodies(eqn: Any) -> tuple[Body, ...]:
+    branches = eqn.params["branches"]
+    return tuple(Body(branch, 1 / len(branches), apart=True) for branch in branches)
+
+
+def _cond_ports(eqn: Any) -> tuple[Port, ...]:
+    branches = range(len(eqn.params["branches"]))
+    return (
+        Port(operands=(0,)),
+        *(Port(operands=(i,), invars=tuple((b, i - 1) for b in branches)) for i in range(1, len(eqn.invars))),
+        *(Port(results=(i,), outvars=tuple((b, i) for b in branches)) for i in range(len(eqn.outvars))),
+    )
+
+
+def _rebuild_cond(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
+    index, *rest = operands
+    return list(lax.switch(index, [lambda *args, body=body: tuple(body(*args)) for body in bodies], *rest))
+
+
+register_rule(p.cond_p, RegionRule(_cond_bodies, _cond_ports, _rebuild_cond))
