@@ -18,7 +18,11 @@ from jaxlayout.costs.measure import TOLERANCE, Compiled
 
 MIN_PAIRS, MAX_PAIRS = 7, 25
 TRIAL_SECONDS = 20.0
-"""Time for repeating the two functions, beyond MIN_PAIRS."""
+"""Time for repeating the two functions; then SURE_PAIRS are enough."""
+SURE, SURE_PAIRS = 2.0, 3
+"""So many times faster or slower in so many pairs: that is no noise."""
+WARM_NS = 1e8
+"""A run that takes so long takes as long the first time."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's."""
 TIE_DRAWS = 3
@@ -66,7 +70,7 @@ def accept(
     after: Compiled,
     args: Sequence[Any] | None,
     *,
-    contraction: int,
+    contraction: float,
     memory_limit: float,
     timed: bool = True,
     least: float = 1.0,
@@ -104,20 +108,23 @@ def accept(
     temps["difference"] = difference
     if not timed:
         return Verdict(kept=True, cause="untried", reason="timing was not asked for", **temps)
-    if second > HOPELESS * max(first, _timed(before, args)[1]):
+    if second > HOPELESS * first and second > HOPELESS * _timed(before, args)[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
-    return _race(before, after, args, least, temps)
+    return _race(before, after, args, least, (first, second), temps)
 
 
-def _race(before: Any, after: Any, args: Sequence[Any], least: float, seen: dict[str, Any]) -> Verdict:
-    """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test."""
-    olds: list[float] = []
-    news: list[float] = []
+def _race(
+    before: Any, after: Any, args: Sequence[Any], least: float, first_run: tuple[float, float], seen: dict[str, Any]
+) -> Verdict:
+    """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test, or in the first few by
+    so much that no noise explains it. Runs so long that warming up does not count make a pair from the first."""
+    long = min(first_run) >= WARM_NS
+    olds, news = ([first_run[0]], [first_run[1]]) if long else ([], [])
     stop = time.monotonic() + TRIAL_SECONDS
     ahead = 0
     inner = 1
-    for n in range(MAX_PAIRS + 1):
+    for n in range(len(olds), MAX_PAIRS + 1):
         first, second = (before, after) if n % 2 == 0 else (after, before)
         times = _sample(first, args, inner), _sample(second, args, inner)
         old, new = times if n % 2 == 0 else times[::-1]
@@ -126,11 +133,15 @@ def _race(before: Any, after: Any, args: Sequence[Any], least: float, seen: dict
             continue
         olds.append(old)
         news.append(new)
-        rivals = [least * b for b in news]
-        wins = sum((a > b) + (a >= b) for a, b in zip(olds, rivals, strict=True)) / 2  # a tie is half of one
-        margin = 0.82 * math.sqrt(n)
-        ahead = 1 if wins > n / 2 + margin else -1 if wins < n / 2 - margin else 0
-        if n >= MIN_PAIRS and (ahead or time.monotonic() > stop):
+        ratios = [a / (least * b) for a, b in zip(olds, news, strict=True)]
+        if len(ratios) >= SURE_PAIRS and (min(ratios) > SURE or max(ratios) < 1 / SURE):
+            ahead = 1 if min(ratios) > SURE else -1
+            break
+        wins = sum((ratio > 1) + (ratio >= 1) for ratio in ratios) / 2  # a tie is half of one
+        half, margin = len(ratios) / 2, 0.82 * math.sqrt(len(ratios))
+        ahead = 1 if wins > half + margin else -1 if wins < half - margin else 0
+        late = time.monotonic() > stop
+        if len(ratios) >= (SURE_PAIRS if late else MIN_PAIRS) and (ahead or late):
             break
     ratios = [a / b for a, b in zip(olds, news, strict=True)]
     quarters = statistics.quantiles(ratios, n=4)

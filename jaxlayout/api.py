@@ -20,6 +20,7 @@ from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, eval_equations, open_jaxpr
 from jaxlayout.convs.signature import Context
+from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
@@ -27,7 +28,7 @@ from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
-from jaxlayout.threads import Workers, device_of, is_real
+from jaxlayout.threads import apart, device_of, is_real
 from jaxlayout.tune import tune
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
@@ -86,6 +87,7 @@ class AutoLayout:
         self._fun, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
         self._call = threading.local()  # the arguments of the call under way, for judging
         self._tuning = threading.Lock()
+        self._picker = Measured(options)
         self._told = told
         self._compile_with(None if pinned is None else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **told)
@@ -212,8 +214,9 @@ class AutoLayout:
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
                 seen((jaxpr, outcome))
-            if outcome.kept:
-                outs = retrace(jaxpr, outcome.plan)(*arrays)
+            picker = None if decides else self._picker  # under a transformation others may be derived
+            if outcome.kept or picker is not None:
+                outs = retrace(jaxpr, outcome.plan if outcome.kept else Plan(), picker)(*arrays)
             else:
                 outs = eval_equations(jaxpr, arrays)
             return jax.tree.unflatten(out_trees[0], outs)
@@ -240,10 +243,9 @@ class AutoLayout:
         choose_options: bool = False,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
-        stop = threading.Event()
         name = getattr(self._fun, "__name__", "function")
 
-        def work() -> Outcome:
+        def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
             with progress_bar(name) as progress:
                 return tune(
@@ -260,14 +262,10 @@ class AutoLayout:
                     stop=stop,
                 )
 
-        # One thread at a time: the next one finds the plan in the table.
-        with self._tuning, Workers(1, device_of(args or ())) as workers:
-            tuning = workers.submit(work)
-            try:
-                return tuning.result()
-            except KeyboardInterrupt:
-                stop.set()  # what has been measured is in the table: the next call goes on from there
-                raise
+        # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
+        # too: the next call goes on from that.
+        with self._tuning:
+            return apart(work, device_of(args or ()))
 
 
 class _CompileWith(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -48,6 +49,19 @@ class Workers(ThreadPoolExecutor):
             ):
                 stack.enter_context(setting)
             yield
+
+
+def apart(work: Callable[[threading.Event], Any], device: Any = None) -> Any:
+    """What `work` gives, in a thread of its own. An interrupt sets the event that it is handed, and goes on when the
+    work has come to its end."""
+    stop = threading.Event()
+    with Workers(1, device) as workers:
+        working = workers.submit(work, stop)
+        try:
+            return working.result()
+        except KeyboardInterrupt:
+            stop.set()
+            raise
 
 
 def is_real(arg: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from jaxlayout._compat import eval_equations, open_jaxpr
 from jaxlayout.accept import Verdict, accept, draws, liveliest
@@ -31,7 +33,7 @@ from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules.base import rule_names
+from jaxlayout.graph.rules.base import RegionRule, rule_for, rule_names
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
@@ -138,6 +140,15 @@ def tune(
     except Exception as error:
         logger.warning("tuning failed, the program stays as it is", exc_info=True)
         return untouched(f"tuning failed: {error!r}")
+
+
+def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
+    """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
+    by measuring, not judged; the empty one where that cannot be known. Raises TableMiss if asked to."""
+    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, progress, stop))
+    graph = line.graph({})
+    jobs = line.model.missing_convolutions(graph)
+    return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,7 +352,7 @@ class _Line:
                 before,
                 after,
                 trial,
-                contraction=self.contraction(),
+                contraction=contraction(self.jaxpr),
                 memory_limit=self.options.memory_limit,
                 timed=self.options.verdict,
                 least=least,
@@ -398,18 +409,6 @@ class _Line:
         drawn = () if needs_real_arguments(self.jaxpr) else draws(self.shapes)
         return liveliest(self.original, itertools.chain(given, drawn))
 
-    def contraction(self) -> int:
-        """The products summed along all convolutions and dots, one after the other."""
-        total = 0
-        for eqn in equations(self.jaxpr):
-            if eqn.primitive in CONVOLUTIONS:
-                lhs, rhs = (v.aval for v in eqn.invars)
-                total += ConvSignature.of(lhs, rhs, eqn.params).contraction
-            elif eqn.primitive.name == "dot_general":
-                contracted = eqn.params["dimension_numbers"][0][0]
-                total += int(np.prod([eqn.invars[0].aval.shape[a] for a in contracted], dtype=np.int64))
-        return total
-
     def forbid_hungriest(self, graph: LayoutGraph, plan: Plan) -> bool:
         """Rule out one chosen lowering at one convolution: of those in whose run most memory is alive (more than
         half of the most), the one that is the least loss for it. Gives whether there was any."""
@@ -429,3 +428,20 @@ class _Line:
         if hungry:
             self.model.forbidden.add(max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3)))
         return bool(hungry)
+
+
+def contraction(jaxpr: Any) -> float:
+    """The products summed along all convolutions and dots of a program, one after the other."""
+    total = 0.0
+    for eqn in open_jaxpr(jaxpr).eqns:
+        rule = rule_for(eqn.primitive)
+        if eqn.primitive in CONVOLUTIONS:
+            lhs, rhs = (v.aval for v in eqn.invars)
+            total += ConvSignature.of(lhs, rhs, eqn.params).contraction
+        elif eqn.primitive.name == "dot_general":
+            total += math.prod(eqn.invars[0].aval.shape[a] for a in eqn.params["dimension_numbers"][0][0])
+        elif isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
+            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
+        else:
+            total += sum(contraction(sub) for sub in jaxprs_in_params(eqn.params))
+    return total

@@ -870,7 +870,7 @@ def _carried(body: Callable[..., Any], loop: Callable[..., Any]) -> Callable[...
     """A loop that carries the first argument round; the body itself where its first result is something else."""
 
     def function(x: Any, *rest: Any) -> Any:
-        first, *others = jax.eval_shape(body, x, *rest)
+        first = jax.eval_shape(body, x, *rest)[0]
         same = first.shape == x.shape and first.dtype == x.dtype
         return loop(lambda x: body(x, *rest), x) if same else body(x, *rest)
 

@@ -700,7 +700,15 @@ def test_under_transformations(name, jit):
 
 def test_a_transformed_call_plans_for_the_unbatched_shape(forced):
     jax.vmap(auto_layout(lambda x: conv(x, K)))(jnp.stack([X, X, X]))
-    assert forced and all("lhs=2x3" in key or key.startswith("transpose") for key in forced)
+    planned = [key for key in forced if key.endswith("in=entry")]
+    assert planned and all("lhs=2x3" in key or key.startswith("transpose") for key in planned)
+
+
+def test_what_is_derived_is_chosen_where_its_shapes_are_seen(forced):
+    jax.vmap(auto_layout(lambda x: conv(x, K)))(jnp.stack([X, X, X]))
+    assert any("lhs=6x3" in key and key.endswith("in=nested") for key in forced)
+    jax.grad(lambda k: auto_layout(lambda x: conv(x, k))(X).sum())(K)
+    assert any("lhs=3x2" in key and key.endswith("in=nested") for key in forced)  # the gradient to the kernel
 
 
 def test_a_training_step():

@@ -2,22 +2,25 @@
 
 It carries the parameters of `conv_general_dilated` and the name of a lowering. It is a convolution to every
 transformation: its derivative, transpose and batch are traced through JAX's own rules for
-`conv_general_dilated` and come out as `tuned_conv` again, to be chosen anew, and never as the derivative of
-whatever trick the forward pass used.
+`conv_general_dilated` and come out as `tuned_conv` again, never as the derivative of whatever trick the forward pass
+used. Such a derived one is chosen anew when it is lowered, the first moment that sees its shapes, where it carries
+somebody to ask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import ad, batching, mlir, xla
 
 from jaxlayout._compat import eval_equations
+from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowering_named
 from jaxlayout.convs.signature import ConvSignature, written_order
 
@@ -26,68 +29,100 @@ CONVOLUTIONS = frozenset({conv_general_dilated_p, tuned_conv_p})
 """The primitives that are convolution sites."""
 
 
-def conv_params(params: dict[str, Any]) -> dict[str, Any]:
+class Picker(Protocol):
+    """Chooses the way to compute a derived convolution. Hashable: equal ones choose alike."""
+
+    def __call__(
+        self, lhs: Any, rhs: Any, lowering: str, params: Mapping[str, Any], platforms: Sequence[str]
+    ) -> Candidate:
+        """For operands of some shapes and dtypes; `lowering` is what it is computed by otherwise."""
+        ...
+
+
+_OURS = ("lowering", "picker", "derived")
+
+
+def conv_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters that both convolution primitives share."""
-    return {name: value for name, value in params.items() if name != "lowering"}
+    return {name: value for name, value in params.items() if name not in _OURS}
 
 
-def chosen_lowering(params: dict[str, Any]) -> str:
+def chosen_lowering(params: Mapping[str, Any]) -> str:
     """The lowering of a convolution equation of either primitive."""
     return params.get("lowering", "xla")
 
 
-def tuned_conv(lhs: jax.Array, rhs: jax.Array, *, lowering: str, **params: Any) -> jax.Array:
-    """A convolution with the parameters of a `conv_general_dilated` equation, through a named lowering."""
-    return tuned_conv_p.bind(lhs, rhs, lowering=lowering, **params)
+def tuned_conv(
+    lhs: jax.Array, rhs: jax.Array, *, lowering: str, picker: Picker | None = None, derived: bool = False, **params: Any
+) -> jax.Array:
+    """A convolution with the parameters of a `conv_general_dilated` equation, through a named lowering.
+
+    `picker` chooses those that JAX derives from it; `derived`: this is one.
+    """
+    return tuned_conv_p.bind(lhs, rhs, lowering=lowering, picker=picker, derived=derived, **params)
 
 
-def inherited(name: str, conv: ConvSignature, params: dict[str, Any]) -> str:
-    """The lowering for a convolution derived from one computed by `name`: the same where it is native in
-    the order the derived one has, else XLA's own."""
+def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
+    """The lowering for a convolution derived from one computed by `name`, if nobody chooses: the same where it is
+    native in the order the derived one has, else XLA's own."""
     return name if lowering_named(name).native(conv, written_order(params)) else "xla"
 
 
-def _choose(lhs: jax.Array, rhs: jax.Array, *, lowering: str, **params: Any) -> jax.Array:
-    dims = written_order(params)
-    return evaluate(lowering, ConvSignature.of(lhs, rhs, params), dims, lhs, rhs)
+def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None, derived: bool, **params: Any) -> Any:
+    written = written_order(params)
+    chosen = Candidate(lowering, written)
+    if derived and picker is not None:
+        chosen = picker(ctx.avals_in[0], ctx.avals_in[1], lowering, params, ctx.module_context.platforms)
+
+    def compute(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        dims = chosen.dims
+        conv = ConvSignature.of(lhs, rhs, params)
+        lhs = lax.transpose(lhs, dims.lhs.permutation_from(written.lhs))
+        rhs = lax.transpose(rhs, dims.rhs.permutation_from(written.rhs))
+        out = evaluate(chosen.lowering, conv, dims, lhs, rhs)
+        return lax.transpose(out, written.out.permutation_from(dims.out))
+
+    return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
 
 
-def _rebind(jaxpr: Any, lowering: str, args: Sequence[Any]) -> list[Any]:
-    """Evaluate a jaxpr with every convolution bound as a tuned one."""
+def _rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any]:
+    """Evaluate a jaxpr with every convolution bound as one derived from one with our parameters `ours`."""
 
     def bind(eqn: Any, operands: Sequence[Any]) -> Any:
         if eqn.primitive is not conv_general_dilated_p:
             return None
         lhs, rhs = operands
-        conv = ConvSignature.of(lhs, rhs, eqn.params)
-        return [tuned_conv(*operands, lowering=inherited(lowering, conv, eqn.params), **eqn.params)]
+        name = inherited(ours["lowering"], ConvSignature.of(lhs, rhs, eqn.params), eqn.params)
+        return [tuned_conv(lhs, rhs, lowering=name, picker=ours["picker"], derived=True, **eqn.params)]
 
     return eval_equations(jaxpr, args, bind)
 
 
-def _transpose_lhs(ct: Any, lhs: Any, rhs: Any, *, lowering: str, **params: Any) -> Any:
+def _transpose_lhs(ct: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     def dgrad(ct: Any, rhs: Any) -> Any:
-        return jax.linear_transpose(lambda x: conv_general_dilated_p.bind(x, rhs, **params), lhs.aval)(ct)[0]
+        plain = partial(conv_general_dilated_p.bind, **conv_params(params))
+        return jax.linear_transpose(lambda x: plain(x, rhs), lhs.aval)(ct)[0]
 
-    return _rebind(jax.make_jaxpr(dgrad)(ct, rhs), lowering, (ct, rhs))[0]
+    return _rebind(jax.make_jaxpr(dgrad)(ct, rhs), params, (ct, rhs))[0]
 
 
-def _transpose_rhs(ct: Any, lhs: Any, rhs: Any, *, lowering: str, **params: Any) -> Any:
+def _transpose_rhs(ct: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     def wgrad(ct: Any, lhs: Any) -> Any:
-        return jax.linear_transpose(lambda x: conv_general_dilated_p.bind(lhs, x, **params), rhs.aval)(ct)[0]
+        plain = partial(conv_general_dilated_p.bind, **conv_params(params))
+        return jax.linear_transpose(lambda x: plain(lhs, x), rhs.aval)(ct)[0]
 
-    return _rebind(jax.make_jaxpr(wgrad)(ct, lhs), lowering, (ct, lhs))[0]
+    return _rebind(jax.make_jaxpr(wgrad)(ct, lhs), params, (ct, lhs))[0]
 
 
-def _batch(args: Sequence[Any], dims: Sequence[Any], *, lowering: str, **params: Any) -> Any:
-    conv = jax.vmap(partial(conv_general_dilated_p.bind, **params), in_axes=tuple(dims))
-    return _rebind(jax.make_jaxpr(conv)(*args), lowering, args)[0], 0
+def _batch(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
+    conv = jax.vmap(partial(conv_general_dilated_p.bind, **conv_params(params)), in_axes=tuple(dims))
+    return _rebind(jax.make_jaxpr(conv)(*args), params, args)[0], 0
 
 
 tuned_conv_p.def_impl(partial(xla.apply_primitive, tuned_conv_p))
 tuned_conv_p.def_abstract_eval(
-    lambda lhs, rhs, *, lowering, **params: conv_general_dilated_p.abstract_eval(lhs, rhs, **params)[0]
+    lambda lhs, rhs, **params: conv_general_dilated_p.abstract_eval(lhs, rhs, **conv_params(params))[0]
 )
 ad.defbilinear(tuned_conv_p, _transpose_lhs, _transpose_rhs)
 batching.primitive_batchers[tuned_conv_p] = _batch
-mlir.register_lowering(tuned_conv_p, mlir.lower_fun(_choose, multiple_results=False))
+mlir.register_lowering(tuned_conv_p, _lower)

@@ -9,25 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax.extend.core import Literal
+from jax.extend.core import Literal, jaxprs_in_params
 
 from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr
-from jaxlayout.convs.primitive import CONVOLUTIONS, conv_params, tuned_conv
+from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, rule_for
 from jaxlayout.layout import LayoutTensor, Order, identity
+from jaxlayout.program import equations
 
 
-def retrace(jaxpr: Any, plan: Plan) -> Callable[..., list[Any]]:
-    """A function of the jaxpr's flat arguments that computes the same flat results under the plan.
+def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..., list[Any]]:
+    """A function of the jaxpr's flat arguments that computes the same flat results under the plan. `picker`: chooses
+    the convolutions that JAX derives from those of the program, the plan's and the others.
 
     Raises ValueError where the plan does not fit the program.
     """
 
     def run(*args: Any) -> list[Any]:
-        outs = _Interpreter(plan.choices).region(jaxpr, [_held(x, _written(x)) for x in args], ())
+        outs = _Interpreter(plan.choices, picker).region(jaxpr, [_held(x, _written(x)) for x in args], ())
         return [_in_order(x, _written(x)) for x in outs]
 
     return run
@@ -62,8 +64,8 @@ def _written(value: Any) -> Order:
 
 
 class _Interpreter:
-    def __init__(self, choices: Mapping[Path, Mode]):
-        self.choices = choices
+    def __init__(self, choices: Mapping[Path, Mode], picker: Picker | None):
+        self.choices, self.picker = choices, picker
         # Repeated blocks share one inner jaxpr: rebuilt the same way they are one function again.
         self.bodies: dict[Any, Callable[..., list[Any]]] = {}
         self.inside: dict[Path, tuple[tuple[Path, Mode], ...]] = {}
@@ -95,20 +97,31 @@ class _Interpreter:
         orders = _orders(eqn, mode, path)
         arrays = [_in_order(x, order) for x, order in zip(operands, orders.operands, strict=True)]
         rule = rule_for(eqn.primitive)
-        if path in self.inside or (mode is not None and isinstance(rule, RegionRule)):
+        if path in self.inside or (isinstance(rule, RegionRule) and (mode is not None or self.derives(rule, eqn))):
             outs = self.call(eqn, rule, arrays, orders, path)
-        elif mode is None:
-            outs = bind_equation(eqn, arrays)
-        elif mode.candidate is not None:
+        elif mode is not None and mode.candidate is not None:
             if eqn.primitive not in CONVOLUTIONS:
                 raise misfit(eqn, path, "is not a convolution")
-            params = conv_params(eqn.params) | {"dimension_numbers": mode.candidate.dims.to_lax()}
-            outs = [tuned_conv(*arrays, lowering=mode.candidate.lowering, **params)]
+            numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
+            outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=mode.candidate.lowering)
+        elif eqn.primitive in CONVOLUTIONS and self.picker is not None:
+            outs = self.convolution(arrays, {"lowering": "xla"} | eqn.params)
+        elif mode is None:
+            outs = bind_equation(eqn, arrays)
         elif isinstance(rule, Rule):
             outs = rule.apply(eqn, arrays, orders)
         else:
             raise misfit(eqn, path, "has no rule for other orders")
         return [_held(out, order) for out, order in zip(outs, orders.results, strict=True)]
+
+    def convolution(self, arrays: Sequence[Any], params: Mapping[str, Any], **ours: Any) -> list[Any]:
+        return [tuned_conv(*arrays, **{**params, **ours, "picker": self.picker})]
+
+    def derives(self, rule: RegionRule, eqn: Any) -> bool:
+        """Whether an equation runs convolutions that others may be derived from."""
+        if self.picker is None or rule.bodies(eqn) is None:
+            return False
+        return any(inner.primitive in CONVOLUTIONS for sub in jaxprs_in_params(eqn.params) for inner in equations(sub))
 
     def call(self, eqn: Any, rule: Any, arrays: Sequence[Any], orders: Orders, path: Path) -> list[Any]:
         bodies = rule.bodies(eqn) if isinstance(rule, RegionRule) else None

@@ -1,0 +1,54 @@
+"""Convolutions that JAX derives from tuned ones: by differentiation or batching, after the function they stand in was
+planned. They are chosen one by one when they are lowered, where their shapes are first seen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.primitive import tuned_conv
+from jaxlayout.convs.signature import written_order
+from jaxlayout.options import Options
+from jaxlayout.progress import progress_bar
+from jaxlayout.threads import apart
+from jaxlayout.tune import TableMiss, choose
+
+logger = logging.getLogger("jaxlayout")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A `Picker` that goes by the cost table, and measures what it lacks. Derived convolutions may end up in a loop,
+    which lowering does not tell, so their costs are those of a nested computation."""
+
+    options: Options
+
+    def __call__(
+        self, lhs: Any, rhs: Any, lowering: str, params: Mapping[str, Any], platforms: Sequence[str]
+    ) -> Candidate:
+        """The best candidate; the convolution as written where there is nothing to go by."""
+        written = Candidate(lowering, written_order(params))
+        symbolic = not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
+        if symbolic or params.get("out_sharding") is not None or tuple(platforms) != (jax.default_backend(),):
+            return written
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)]
+
+        def work(stop: Any) -> Candidate:
+            jaxpr = jax.make_jaxpr(partial(tuned_conv, lowering=lowering, **params))(*shapes)
+            with progress_bar("derived convolutions") as progress:
+                mode = choose(jaxpr, self.options, progress, stop).choices.get((0,))
+            return written if mode is None or mode.candidate is None else mode.candidate
+
+        try:
+            return apart(work)
+        except (TableMiss, Warning):
+            raise
+        except Exception:
+            logger.warning("a derived convolution stays as it is", exc_info=True)
+            return written
