@@ -1,6 +1,6 @@
 """The table of rules, one per primitive family; importing this package fills it."""
 
-from jaxlayout.graph.rules import calls, elementwise, loops, reductions, shapes
+from jaxlayout.graph.rules import calls, elementwise, loops, reductions, shapes, sharding
 from jaxlayout.graph.rules.base import (
     Body,
     Labelling,
@@ -30,4 +30,5 @@ __all__ = [
     "registered_rule",
     "rule_for",
     "shapes",
+    "sharding",
 ]

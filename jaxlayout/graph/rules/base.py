@@ -138,18 +138,19 @@ class RegionRule:
         )
 
 
-_table: dict[Primitive, Rule | RegionRule] = {}
+_table: dict[Primitive | str, Rule | RegionRule] = {}
 
 
-def register_rule(primitive: Primitive, rule: Rule | RegionRule) -> None:
-    """Teach every later tuning how orders pass through a primitive. It must not have a rule already."""
+def register_rule(primitive: Primitive | str, rule: Rule | RegionRule) -> None:
+    """Teach every later tuning how orders pass through a primitive, or all of a name. It must not have a rule
+    already."""
     if primitive in _table:
         raise ValueError(f"primitive {primitive} has a rule already")
     _table[primitive] = rule
 
 
 @contextmanager
-def registered_rule(primitive: Primitive, rule: Rule | RegionRule) -> Iterator[None]:
+def registered_rule(primitive: Primitive | str, rule: Rule | RegionRule) -> Iterator[None]:
     """Register for the length of a `with` block."""
     register_rule(primitive, rule)
     try:
@@ -160,7 +161,7 @@ def registered_rule(primitive: Primitive, rule: Rule | RegionRule) -> Iterator[N
 
 def rule_for(primitive: Primitive) -> Rule | RegionRule | None:
     """The rule of a primitive, if it has one."""
-    return _table.get(primitive)
+    return _table.get(primitive, _table.get(primitive.name))
 
 
 def rule_names() -> tuple[str, ...]:
