@@ -169,22 +169,6 @@ def target(name: str) -> float | None:
     return {"0.12": newer, "0.10": older}.get(".".join(jax.__version__.split(".")[:2]))
 
 
-def products(conv: ConvSignature) -> int:
-    """The multiply-adds of a convolution that have an element on either side: no zero of a padding or dilation."""
-
-    def along(axis: int) -> int:
-        size, base = conv.spatial[axis], conv.lhs_dilation[axis]
-        reads = (
-            o * conv.strides[axis] + k * conv.rhs_dilation[axis] - conv.padding[axis][0]
-            for o in range(conv.out_spatial[axis])
-            for k in range(conv.kernel[axis])
-        )
-        return sum(at % base == 0 and 0 <= at < size * base for at in reads)
-
-    taps = math.prod(map(along, range(conv.rank)))
-    return conv.batch // conv.batch_groups * conv.out_features * conv.kernel_features * taps
-
-
 def only_convolution(jaxpr: Any) -> tuple[ConvSignature, Candidate]:
     """What the one convolution of a program computes, and how it is written."""
     (eqn,) = (eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS)
@@ -227,7 +211,7 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
     error, error_jit = errors_from(exact(f, args), found, expected)
     seen = paired(plain, tuned, *args, seconds=SECONDS)
     wanted, took = target(name), seen.second_ms / 1e3
-    flops = 2 * products(signature)
+    flops = 2 * signature.products
     return {
         "case": name,
         "jit_ms": seen.first_ms,

@@ -317,6 +317,7 @@ class _Line:
                 memory_bytes=available_memory(self.device),
                 relax=self.options.relax,
                 compiler_options=self.compiler_options,
+                peaks=self.model.peaks(self.device, self.compiler_options),
             ):
                 self.model.record(job.key, found)
                 done += 1

@@ -11,6 +11,7 @@ import pytest
 from jaxlayout import tune
 from jaxlayout.accept import Verdict
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.peaks import Peaks
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,6 +28,12 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tune, "_tables", {})
     monkeypatch.setattr(tune, "process_budget", tune.Budget())
+
+
+@pytest.fixture(autouse=True)
+def no_peaks(monkeypatch):
+    """To look for those of the machine takes a third of a second. Where none are known, nothing is pruned."""
+    monkeypatch.setattr(Peaks, "look", lambda peaks: None)
 
 
 @pytest.fixture(autouse=True)

@@ -74,7 +74,7 @@ def finish(process: subprocess.Popen[str], line: str = "") -> str:
 
 
 @given(
-    st.sampled_from(["ok", "slow", "wrong", "failed", "memory"]),
+    st.sampled_from(["ok", "slow", "wrong", "failed", "memory", "pruned"]),
     st.floats(1e-3, MAX_NS),
     st.one_of(st.none(), st.floats(0, 1e300)),
     st.one_of(st.none(), st.integers(0, 2**60)),

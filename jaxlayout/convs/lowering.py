@@ -60,6 +60,11 @@ class Lowering(ABC):
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
         """out, in the layout `dims.out` and of dtype `conv.out_dtype`."""
 
+    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+        """The least that it does: multiply-adds, and bytes read or written. Default: the plain sum without the zeros of
+        padding and dilation, each operand and out once."""
+        return conv.products, conv.nbytes
+
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings that it makes of itself in these layouts: one, or none where it is not native."""
         return (self.name,) if depth and self.native(conv, dims) else ()
@@ -91,10 +96,16 @@ class Composite(Lowering):
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
         def convolve(part: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-            name = self.inner if lowering_named(self.inner).native(part, dims) else "xla"
-            return evaluate(name, part, dims, lhs, rhs)
+            return evaluate(self._inside(part, dims), part, dims, lhs, rhs)
 
         return self.compose(conv, dims, lhs, prepared, convolve)
+
+    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+        parts = _parts(self.name, conv, dims)
+        return sum(lowering_named(self._inside(*part)).work(*part)[0] for part in parts), conv.nbytes
+
+    def _inside(self, part: ConvSignature, dims: ConvDimensionNumbers) -> str:
+        return self.inner if lowering_named(self.inner).native(part, dims) else "xla"
 
     def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
         return super().native(conv, dims) and (self.inner == "xla" or self.inner in self.inners(conv, dims))

@@ -156,6 +156,19 @@ class ConvSignature:
         return math.prod(self.out_shape(ConvLayout.channels_last(self.rank))) * self.contraction
 
     @property
+    def products(self) -> int:
+        """Multiply-adds that have an element on either side: none with a zero of a padding or dilation."""
+
+        def along(axis: int) -> int:
+            met = np.arange(self.out_spatial[axis]) * self.strides[axis] - self.padding[axis][0]
+            taps, base, size = self.kernel[axis], self.lhs_dilation[axis], self.spatial[axis]
+            reads = (met + tap * self.rhs_dilation[axis] for tap in range(taps))
+            return sum(int(np.sum((at % base == 0) & (at >= 0) & (at < size * base))) for at in reads)
+
+        positions = math.prod(map(along, range(self.rank)))
+        return self.batch // self.batch_groups * self.out_features * self.kernel_features * positions
+
+    @property
     def nbytes(self) -> int:
         """Bytes of lhs, rhs and out."""
         last, kernel = ConvLayout.channels_last(self.rank), KernelLayout.io_last(self.rank)

@@ -1,6 +1,6 @@
 """The measurement engine: candidates of one job are compiled in parallel, checked against a float64
-reference, and timed one after another in interleaved rounds; what cannot win is dropped early. A candidate
-that fails is a record, never an exception.
+reference, and timed one after another in interleaved rounds; what cannot win is dropped early, or never
+compiled. A candidate that fails is a record, never an exception.
 
 It knows nothing of graphs and plans: a job is a convolution or a transpose with its alternatives.
 """
@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,10 +23,11 @@ import numpy as np
 from jax import lax
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, versioned
+from jaxlayout.convs.lowering import evaluate, lowering_named, versioned
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.peaks import Peaks
 from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
 from jaxlayout.threads import Workers
@@ -44,6 +45,8 @@ CANDIDATE_SECONDS = 0.35
 """Time spent on repeating one candidate, beyond MIN_ROUNDS."""
 SLOW = 1.5
 """A candidate this many times slower than the best after MIN_ROUNDS is dropped, twice this after one."""
+MARGIN = 1.2
+"""A candidate that would gain no more than this on another in the same orders, were it at the peaks, is not tried."""
 MIN_SAMPLE_NS = 200_000
 """A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
 
@@ -65,6 +68,10 @@ class Job:
     bound: Callable[[float], float] = lambda written: np.inf
     """The error allowed, given that of the one written."""
     context: Context = "entry"
+    orders: Callable[[str], Any] | None = None
+    """Those of an alternative, where what it does is known. What has been measured in them stands for any other."""
+    work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
+    """The least that an alternative does: multiply-adds in float32, and bytes."""
 
 
 def candidate_id(candidate: Candidate) -> str:
@@ -78,7 +85,8 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
     def alternative(way: Candidate) -> Callable[..., Any]:
         return lambda lhs, rhs: evaluate(way.lowering, conv, way.dims, lhs, rhs)
 
-    dims = {candidate_id(way): way.dims for way in ways}
+    named = {candidate_id(way): way for way in ways}
+    dims = {name: way.dims for name, way in named.items()}
     last = ConvDimensionNumbers(
         ConvLayout.channels_last(conv.rank),
         KernelLayout.io_last(conv.rank),
@@ -111,14 +119,21 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
 
         return arrays, error
 
+    def work(name: str) -> tuple[int, int]:
+        macs, nbytes = lowering_named(named[name].lowering).work(conv, dims[name])
+        # Half precision and integers may have arithmetic of their own that is faster.
+        return macs if min(conv.lhs_dtype.itemsize, conv.rhs_dtype.itemsize) >= 4 else 0, nbytes
+
     eps = float(jnp.finfo(conv.out_dtype).eps) if jnp.issubdtype(conv.out_dtype, jnp.inexact) else 0.0
     allowed = TOLERANCE * eps * max(1, conv.contraction) ** 0.5
     return Job(
         conv.key,
-        {candidate_id(way): alternative(way) for way in ways},
+        {name: alternative(way) for name, way in named.items()},
         inputs,
         lambda written: max(2 * written if np.isfinite(written) else 0.0, allowed),
         conv.context,
+        lambda name: dims[name],
+        work,
     )
 
 
@@ -209,12 +224,12 @@ class _Trial:
         self.inner = max(1, MIN_SAMPLE_NS // max(1, time.perf_counter_ns() - start))
         return out
 
-    def sample(self) -> None:
+    def sample(self) -> float:
         start = time.perf_counter_ns()
         for _ in range(self.inner):
             out = self.run()
         jax.block_until_ready(out)
-        self.samples.append((time.perf_counter_ns() - start) / self.inner)
+        return (time.perf_counter_ns() - start) / self.inner
 
     def measurement(self) -> Measurement:
         timed = self.samples
@@ -242,82 +257,112 @@ def measure(
     memory_bytes: int | None = None,
     relax: float = 1.0,
     compiler_options: CompilerOptions = None,
+    peaks: Peaks | None = None,
 ) -> Iterator[tuple[Job, dict[str, Measurement]]]:
     """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
 
     Takes about a tenth of a second to compile an alternative and half a second to time one that stays in the
     race; one process of a machine should be here at a time. `memory_bytes`: a candidate with more temporary
-    memory is not run. `relax`: multiplies the error allowed.
+    memory is not run. `relax`: multiplies the error allowed. `peaks`: the machine's; without, all are compiled.
     """
     with Workers(2) as pool:
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
-            compiled = [_compile_all(job, device, pool, compiler_options) for job in chunk]
-            for futures, _ in compiled:
-                wait(futures.values())
-            for job, (futures, error_of) in zip(chunk, compiled, strict=True):
-                yield job, _measured(job, futures, error_of, memory_bytes, relax)
+            trials = [_Trials(job, device, memory_bytes, relax, peaks) for job in chunk]
+            for wave in (_Trials.firsts, _Trials.left):
+                under_way = [t.compile(wave(t), pool, compiler_options) for t in trials]
+                for futures in under_way:
+                    wait(futures.values())
+                for t, futures in zip(trials, under_way, strict=True):
+                    t.enter(futures)
+            for job, t in zip(chunk, trials, strict=True):
+                yield job, t.records()
 
 
-def _compile_all(
-    job: Job, device: Any, pool: Executor, compiler_options: CompilerOptions
-) -> tuple[dict[str, Future[_Trial]], Any]:
-    """Start compiling a job's alternatives on inputs drawn for it; equal arrays are put on the device once."""
-    arrays, error_of = job.inputs()
-    on_device: dict[tuple[Any, ...], Any] = {}
+class _Trials:
+    """The alternatives of a job: inputs drawn for it, those compiled so far, and what became of the others."""
 
-    def put(place: int, array: np.ndarray) -> Any:
+    def __init__(self, job: Job, device: Any, memory_bytes: int | None, relax: float, peaks: Peaks | None):
+        self.job, self.device, self.memory_bytes, self.relax = job, device, memory_bytes, relax
+        self.peaks = peaks if job.orders is not None else None
+        self.arrays, self.error_of = job.inputs()
+        self.on_device: dict[tuple[Any, ...], Any] = {}
+        self.running: dict[str, _Trial] = {}
+        self.known: dict[str, Measurement] = {}
+        self.same: dict[str, str] = {}
+        self.programs: dict[str, str] = {}
+        self.allowed = relax * job.bound(0.0)
+
+    def args(self, name: str) -> tuple[Any, ...]:
+        """The inputs of an alternative; equal arrays are put on the device once."""
+        return tuple(self._put(i, array) for i, array in enumerate(self.arrays(name)))
+
+    def _put(self, place: int, array: np.ndarray) -> Any:
         key = place, array.shape, array.strides
-        if key not in on_device:
-            on_device[key] = jax.device_put(np.ascontiguousarray(array), device)
-        return on_device[key]
+        if key not in self.on_device:
+            self.on_device[key] = jax.device_put(np.ascontiguousarray(array), self.device)
+        return self.on_device[key]
 
-    def args(name: str) -> tuple[Any, ...]:
-        return tuple(put(i, array) for i, array in enumerate(arrays(name)))
+    def compile(self, names: Iterable[str], pool: Executor, options: CompilerOptions) -> dict[str, Future[_Trial]]:
+        """Start compiling some alternatives."""
+        ways, context = self.job.alternatives, self.job.context
+        return {name: pool.submit(_compile, ways[name], self.args(name), context, options) for name in names}
 
-    futures = {
-        name: pool.submit(_compile, f, args(name), job.context, compiler_options)
-        for name, f in job.alternatives.items()
-    }
-    return futures, error_of
-
-
-def _measured(
-    job: Job, futures: Mapping[str, Future[_Trial]], error_of: Any, memory_bytes: int | None, relax: float
-) -> dict[str, Measurement]:
-    records: dict[str, Measurement] = {}
-    trials: dict[str, _Trial] = {}
-    same: dict[str, str] = {}
-    programs: dict[str, str] = {}
-    allowed = relax * job.bound(0.0)
-    for name, future in futures.items():
-        trial = None
-        try:
-            trial = future.result()
-            if memory_bytes is not None and (trial.temp_bytes or 0) > memory_bytes:
-                needs = f"needs {trial.temp_bytes} bytes of temporary memory, {memory_bytes} are allowed"
-                records[name] = _failure("memory", needs, trial)
+    def enter(self, futures: Mapping[str, Future[_Trial]]) -> None:
+        """Check what was compiled."""
+        for name, future in futures.items():
+            trial = None
+            try:
+                trial = future.result()
+                if self.memory_bytes is not None and (trial.temp_bytes or 0) > self.memory_bytes:
+                    needs = f"needs {trial.temp_bytes} bytes of temporary memory, {self.memory_bytes} are allowed"
+                    self.known[name] = _failure("memory", needs, trial)
+                    continue
+                if trial.program in self.programs:
+                    self.same[name] = self.programs[trial.program]
+                    continue
+                out = trial.warm_up()
+                if self.error_of is not None:
+                    trial.error = self.error_of(name, out)
+            except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
+                self.known[name] = _failure("failed", repr(error), trial)
                 continue
-            if trial.program in programs:
-                same[name] = programs[trial.program]
-                continue
-            out = trial.warm_up()
-            if error_of is not None:
-                trial.error = error_of(name, out)
-        except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
-            records[name] = _failure("failed", repr(error), trial)
-            continue
-        if name == next(iter(futures)) and trial.error is not None:
-            allowed = relax * job.bound(trial.error)
-        programs[trial.program] = name
-        if trial.error is not None and trial.error > allowed:
-            records[name] = _failure("wrong", f"error {trial.error:.3g}, allowed {allowed:.3g}", trial)
-        else:
-            trials[name] = trial
-    _race(list(trials.values()))
-    records |= {name: trial.measurement() for name, trial in trials.items()}
-    records |= {name: records[other] for name, other in same.items()}
-    return {name: records[name] for name in futures}
+            if name == next(iter(self.job.alternatives)) and trial.error is not None:
+                self.allowed = self.relax * self.job.bound(trial.error)
+            self.programs[trial.program] = name
+            if trial.error is not None and trial.error > self.allowed:
+                wrong = f"error {trial.error:.3g}, allowed {self.allowed:.3g}"
+                self.known[name] = _failure("wrong", wrong, trial)
+            else:
+                self.running[name] = trial
+
+    def firsts(self) -> Iterable[str]:
+        """What to compile first: of each orders one alternative, the one written among them."""
+        ways, orders = self.job.alternatives, self.job.orders
+        if self.peaks is None or orders is None:
+            return ways
+        return {orders(name): name for name in reversed(list(ways))}.values()
+
+    def left(self) -> Iterable[str]:
+        """Those of the others that may still win."""
+        left = [name for name in self.job.alternatives if name not in {*self.running, *self.known, *self.same}]
+        if not left or self.peaks is None or self.job.orders is None:
+            return left
+        self.peaks.look()
+        seen = {self.job.orders(name): trial.sample() for name, trial in self.running.items()}
+        for name in left:
+            least, best = self.peaks.least_ns(*self.job.work(name)), seen.get(self.job.orders(name), np.inf)
+            if best < MARGIN * least:
+                why = f"takes {least / 1e6:.3g} ms at least, another in the same orders {best / 1e6:.3g}"
+                self.known[name] = _failure("pruned", why)
+        return [name for name in left if name not in self.known]
+
+    def records(self) -> dict[str, Measurement]:
+        """Time what is left against each other."""
+        _race(list(self.running.values()))
+        found = self.known | {name: trial.measurement() for name, trial in self.running.items()}
+        found |= {name: found[other] for name, other in self.same.items()}
+        return {name: found[name] for name in self.job.alternatives}
 
 
 def _race(trials: list[_Trial]) -> None:
@@ -326,7 +371,7 @@ def _race(trials: list[_Trial]) -> None:
     for round_ in range(ROUNDS):
         for trial in running if round_ % 2 == 0 else running[::-1]:
             if round_ < MIN_ROUNDS or sum(trial.samples) * trial.inner < CANDIDATE_SECONDS * 1e9:
-                trial.sample()
+                trial.samples.append(trial.sample())
         if round_ in (0, MIN_ROUNDS - 1):
             best = min((min(trial.samples) for trial in running), default=0.0)
             margin = 2 * SLOW if round_ == 0 else SLOW

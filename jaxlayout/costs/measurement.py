@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast, get_args
 
-Status = Literal["ok", "wrong", "failed", "memory", "slow"]
+Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 
 MAX_NS = 86_400e9
 """Longest time that is believed, in nanoseconds: one application taking a day is a broken record."""
@@ -22,7 +22,8 @@ class Measurement:
     """One candidate, measured. A failure is a record like any other, never an exception.
 
     `status`: "ok"; "wrong", it computes something else; "failed", it does not trace, compile or run;
-    "memory", it needs more than allowed; "slow", dropped early as a clear loser, its time still known.
+    "memory", it needs more than allowed; "slow", dropped early as a clear loser, its time still known; "pruned", never
+    compiled, as it cannot be faster than what was measured in the same orders.
     """
 
     status: Status

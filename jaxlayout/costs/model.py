@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import numpy as np
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measure import (
+    CompilerOptions,
     Job,
     candidate_id,
     coalesced,
@@ -24,6 +26,7 @@ from jaxlayout.costs.measure import (
     work_job,
 )
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.peaks import KEY, Peaks
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Mode, Node, Work
 from jaxlayout.graph.plan import Plan
@@ -56,6 +59,10 @@ class CostModel:
         """Keep what was measured."""
         self.table.record_many(self.environment, key, found)
         self._known[key] = self.known(key) | found
+
+    def peaks(self, device: Any, compiler_options: CompilerOptions) -> Peaks:
+        """The machine's, as far as the table knows them, to be looked at again."""
+        return Peaks(device, compiler_options, self.known(KEY), partial(self.record, KEY))
 
     def learned(self, job: Job) -> bool:
         """Whether the table knows all of a job by now: another process may have measured it meanwhile."""

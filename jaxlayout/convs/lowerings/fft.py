@@ -56,6 +56,9 @@ class Fft(Lowering):
             yield ConvDimensionNumbers(swapped, KernelLayout(f"IO{first.spatial}"), swapped)
         yield ConvDimensionNumbers.channels_first(conv.rank)
 
+    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+        return 0, conv.nbytes  # a product for each frequency, and the transforms
+
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
         """The conjugate spectrum: group, out features of the group, in features, frequencies."""
         groups, axes = conv.feature_groups * conv.batch_groups, range(2, conv.rank + 2)

@@ -1,5 +1,6 @@
 """`winograd2`, `winograd4`: a 3x3 convolution in tiles, with fewer multiplications."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import ClassVar
@@ -54,6 +55,10 @@ class Winograd(Lowering):
         if min(conv.in_features, conv.out_features) < MIN_FEATURES or conv.is_kernel_gradient:
             return
         yield ConvDimensionNumbers.channels_last(2)
+
+    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+        tiles = math.prod(-(-size // self.tile) for size in conv.out_spatial)
+        return conv.batch * tiles * (self.tile + 2) ** 2 * conv.in_features * conv.out_features, conv.nbytes
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
         """G g G^T, for each place in a tile a matrix of in x out features."""
