@@ -14,15 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayout.costs.measure import TOLERANCE, Compiled
+from jaxlayout.costs.measure import TOLERANCE, WARM_NS, Compiled
 
 MIN_PAIRS, MAX_PAIRS = 7, 25
 TRIAL_SECONDS = 20.0
 """Time for repeating the two functions; then SURE_PAIRS are enough."""
 SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs: that is no noise."""
-WARM_NS = 1e8
-"""A run that takes so long takes as long the first time."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's."""
 TIE_DRAWS = 3

@@ -47,6 +47,8 @@ SLOW = 1.5
 """A candidate this many times slower than the best after MIN_ROUNDS is dropped, twice this after one."""
 MARGIN = 1.2
 """A candidate that would gain no more than this on another in the same orders, were it at the peaks, is not tried."""
+WARM_NS = 1e8
+"""A run that takes so long takes as long the first time."""
 MIN_SAMPLE_NS = 200_000
 """A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
 
@@ -215,14 +217,21 @@ class _Trial:
     samples: list[float] = field(default_factory=list)
     error: float | None = None
     inner: int = 1
+    warming: float = 0.0
+    """What the first run took, in nanoseconds."""
     status: Any = "ok"
     detail: str = ""
 
     def warm_up(self) -> Any:
         start = time.perf_counter_ns()
         out = jax.block_until_ready(self.run())
-        self.inner = max(1, MIN_SAMPLE_NS // max(1, time.perf_counter_ns() - start))
+        self.warming = float(time.perf_counter_ns() - start)
+        self.inner = max(1, int(MIN_SAMPLE_NS / max(1.0, self.warming)))
         return out
+
+    def first(self) -> float:
+        """A sample; the first run itself where warming up does not count."""
+        return self.warming if self.warming >= WARM_NS else self.sample()
 
     def sample(self) -> float:
         start = time.perf_counter_ns()
@@ -337,11 +346,14 @@ class _Trials:
                 self.running[name] = trial
 
     def firsts(self) -> Iterable[str]:
-        """What to compile first: of each orders one alternative, the one written among them."""
+        """What to compile first: of each orders one alternative, the first of all the one written."""
         ways, orders = self.job.alternatives, self.job.orders
         if self.peaks is None or orders is None:
             return ways
-        return {orders(name): name for name in reversed(list(ways))}.values()
+        firsts: dict[Any, str] = {}
+        for name in ways:
+            firsts.setdefault(orders(name), name)
+        return firsts.values()
 
     def left(self) -> Iterable[str]:
         """Those of the others that may still win."""
@@ -349,7 +361,7 @@ class _Trials:
         if not left or self.peaks is None or self.job.orders is None:
             return left
         self.peaks.look()
-        seen = {self.job.orders(name): trial.sample() for name, trial in self.running.items()}
+        seen = {self.job.orders(name): trial.first() for name, trial in self.running.items()}
         for name in left:
             least, best = self.peaks.least_ns(*self.job.work(name)), seen.get(self.job.orders(name), np.inf)
             if best < MARGIN * least:
@@ -371,7 +383,7 @@ def _race(trials: list[_Trial]) -> None:
     for round_ in range(ROUNDS):
         for trial in running if round_ % 2 == 0 else running[::-1]:
             if round_ < MIN_ROUNDS or sum(trial.samples) * trial.inner < CANDIDATE_SECONDS * 1e9:
-                trial.samples.append(trial.sample())
+                trial.samples.append(trial.sample() if round_ else trial.first())
         if round_ in (0, MIN_ROUNDS - 1):
             best = min((min(trial.samples) for trial in running), default=0.0)
             margin = 2 * SLOW if round_ == 0 else SLOW
