@@ -1,28 +1,13 @@
-"""What both share: a key for what `auto_layout` was told, and arguments and results in two parts, arrays, which are
-traced, and all else (`train=True`), which stays Python."""
+"""What both share: classes in disguise, and arguments and results in two parts, arrays, which are traced, and all else
+(`train=True`), which stays Python."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-
-from jaxlayout.graph.plan import Plan
-from jaxlayout.options import Options
-
-
-@dataclass(frozen=True)
-class Told:
-    """What `auto_layout` was told."""
-
-    options: Options
-    plan: Plan | None
-
-    def __hash__(self) -> int:
-        return hash((self.options, id(self.plan)))
 
 
 def bare(cls: type) -> type:

@@ -24,14 +24,13 @@ from flax.core.lift import pack
 from flax.linen.transforms import get_module_scopes, set_module_scopes
 
 from jaxlayout.api import AutoLayout
-from jaxlayout.flax.common import Static, Told, bare, disguised, is_array, join, split
-from jaxlayout.graph.plan import Plan
+from jaxlayout.flax.common import Static, bare, disguised, is_array, join, split
 from jaxlayout.options import Options
 
 M = TypeVar("M", bound=nn.Module | type[nn.Module])
 
 
-def auto_layout(module: M, /, *, plan: Plan | None = None, **options: Any) -> M:
+def auto_layout(module: M, /, **options: Any) -> M:
     """A module, or a module class, with every public method compiled as by `jaxlayout.auto_layout`.
 
     The variables are those of the bare module, name for name, also as a submodule (made in `setup` or in a compact
@@ -40,11 +39,10 @@ def auto_layout(module: M, /, *, plan: Plan | None = None, **options: Any) -> M:
     `setup`), `__call__` excepted.
 
     Arguments that are no arrays (`train=True`) stay as they are, and each new value of one is another program; a
-    number that changes often should be an array.
+    number that changes often should be an array. To see, save or freeze a plan, decorate a function that calls `apply`.
 
     Args:
       module: an `nn.Module`, bound or not, or a class of them.
-      plan: as of `jaxlayout.auto_layout`; then only calls of the shapes that it is for make sense.
       options: any field of `jaxlayout.Options`.
 
     Raises:
@@ -52,7 +50,7 @@ def auto_layout(module: M, /, *, plan: Plan | None = None, **options: Any) -> M:
         hashable nor an array or a pytree of those, and for a field of the module of that kind.
       ValueError: for an option out of its range.
     """
-    told = Told(Options.from_environment(**options), plan)
+    told = Options.from_environment(**options)
     if isinstance(module, type) and issubclass(module, nn.Module):
         return _tuned_class(bare(module), told)  # type: ignore[return-value]
     if not isinstance(module, nn.Module):
@@ -63,7 +61,7 @@ def auto_layout(module: M, /, *, plan: Plan | None = None, **options: Any) -> M:
 
 
 @functools.cache
-def _tuned_class(base: type[nn.Module], told: Told) -> type[nn.Module]:
+def _tuned_class(base: type[nn.Module], told: Options) -> type[nn.Module]:
     """A subclass that says it is `base`: automatic names of submodules are those of their class."""
     methods = {name: _tuned_method(base, name, told) for name in _methods(base)}
 
@@ -89,7 +87,7 @@ def _methods(base: type[nn.Module]) -> list[str]:
     ]
 
 
-def _tuned_method(base: type[nn.Module], name: str, told: Told) -> Callable[..., Any]:
+def _tuned_method(base: type[nn.Module], name: str, told: Options) -> Callable[..., Any]:
     method = getattr(base, name)
 
     @functools.wraps(method)  # with Flax's mark of a method that manages the module's state: it must not do so twice
@@ -131,14 +129,14 @@ def _tuned_method(base: type[nn.Module], name: str, told: Told) -> Callable[...,
 
 
 @functools.lru_cache(maxsize=256)
-def _function(definition: nn.Module, told: Told) -> AutoLayout:
+def _function(definition: nn.Module, told: Options) -> AutoLayout:
     """What all calls of a module run."""
 
     def function(call: _Call, variables: Any, rngs: Any, arrays: Any) -> Any:
         return call.run(variables, rngs, arrays)
 
     function.__name__ = type(definition).__name__
-    return AutoLayout(function, told.options, told.plan, {"static_argnums": 0})
+    return AutoLayout(function, told, None, {"static_argnums": 0})
 
 
 class _Call:
@@ -146,13 +144,14 @@ class _Call:
 
     def __init__(self, key: Any, run: Any):
         self.key = key
+        self.hash = hash(key)
         self.run = run
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Call) and self.key == other.key
 
     def __hash__(self) -> int:
-        return hash(self.key)
+        return self.hash
 
 
 def _fields(module: nn.Module) -> dict[str, Any]:

@@ -20,14 +20,14 @@ import jax
 from flax import nnx
 
 import jaxlayout
-from jaxlayout.flax.common import Static, Told, bare, disguised, is_array, join, split
+from jaxlayout.flax.common import Static, bare, disguised, is_array, join, split
 from jaxlayout.graph.plan import Plan
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
 
 
-def auto_layout(target: Any = None, /, *, plan: Plan | None = None, **keywords: Any) -> Any:
+def auto_layout(target: Any = None, /, **keywords: Any) -> Any:
     """A function of modules, or a module, compiled as by `jaxlayout.auto_layout`.
 
     A function becomes what `nnx.jit` makes of it, an `AutoLayout`: arguments and results may hold modules, optimizers
@@ -42,23 +42,22 @@ def auto_layout(target: Any = None, /, *, plan: Plan | None = None, **keywords: 
 
     Args:
       target: a function, an `nnx.Module` or a class of those.
-      plan: as of `jaxlayout.auto_layout`.
-      keywords: any field of `jaxlayout.Options`; for a function also those of `jax.jit`, but for shardings.
+      keywords: any field of `jaxlayout.Options`; for a function also `plan` and those of `jax.jit`, but for shardings.
 
     Raises:
       TypeError: for an unknown keyword and for a bound method: decorate it in the class, or the class's own.
       ValueError: for an option out of its range.
     """
     if target is None:
-        return functools.partial(auto_layout, plan=plan, **keywords)
+        return functools.partial(auto_layout, **keywords)
     if isinstance(target, type) and issubclass(target, nnx.Module):
-        return _tuned_class(bare(target), Told(Options.from_environment(**keywords), plan))
+        return _tuned_class(bare(target), Options.from_environment(**keywords))
     if isinstance(target, nnx.Module):
         tuned = copy.copy(target)
-        cls = _tuned_class(bare(type(target)), Told(Options.from_environment(**keywords), plan))
+        cls = _tuned_class(bare(type(target)), Options.from_environment(**keywords))
         object.__setattr__(tuned, "__class__", cls)
         return tuned
-    return AutoLayout(target, plan=plan, **keywords)
+    return AutoLayout(target, **keywords)
 
 
 class AutoLayout:
@@ -126,7 +125,7 @@ def _nodes(tree: Any) -> Any:
 
 
 @functools.cache
-def _tuned_class(base: type[nnx.Module], told: Told) -> type[nnx.Module]:
+def _tuned_class(base: type[nnx.Module], told: Options) -> type[nnx.Module]:
     """A subclass that says it is `base`."""
     call: Any = base.__call__
 
@@ -135,7 +134,7 @@ def _tuned_class(base: type[nnx.Module], told: Told) -> type[nnx.Module]:
         return split(call(module, *args, **kwargs), _dynamic, is_leaf=_is_graph)
 
     function.__name__ = base.__name__
-    compiled = AutoLayout(function, plan=told.plan, static_argnums=2, **dataclasses.asdict(told.options))
+    compiled = AutoLayout(function, static_argnums=2, **dataclasses.asdict(told))
 
     @functools.wraps(call)
     def tuned(self: Any, *args: Any, **kwargs: Any) -> Any:
