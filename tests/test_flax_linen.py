@@ -395,6 +395,21 @@ def test_one_trace_for_equal_calls():
         auto_layout(Counting()).apply(variables, X, {"a"})
 
 
+def test_traced_twice(with_options):
+    """Random numbers are counted once."""
+    traces = []
+
+    class Counting(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            traces.append(x)
+            add = Add()
+            return add(add(x))
+
+    same(auto_layout(Counting()), Counting(), X, rngs={"noise": KEY})
+    assert len(traces) > 3  # more than init, the bare call and the trace for `is_tuned`
+
+
 def test_arguments_and_results_of_all_kinds():
     class Odd(nn.Module):
         @nn.compact

@@ -218,6 +218,14 @@ def test_keywords_of_jit():
         auto_layout(forward, nonsense=1)
 
 
+def test_traced_twice(with_options):
+    tuned, model, expected = auto_layout(forward), block(), block()
+    for _ in range(2):
+        close(tuned(model, X), forward(expected, X))
+        close(model, expected)
+    assert tuned.plan(model, X).compiler_options == with_options
+
+
 def test_methods():
     class Coder(nnx.Module):
         def __init__(self, rngs):
