@@ -71,6 +71,22 @@ def forced(costs, monkeypatch):
 
 
 @pytest.fixture
+def with_options(forced, monkeypatch):
+    """`forced`, and every plan wants compiler options, which is known only once its function has been traced: it is
+    traced again."""
+    wanted = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+    def judge(line, plan, least=1.0):
+        ratio = 1.5 + bool(plan.compiler_options)
+        return Verdict(kept=ratio > least, reason="forced", ratio=ratio)
+
+    monkeypatch.setattr(tune, "OPTION_SETS", {"cpu": (wanted,)})
+    monkeypatch.setattr(tune._Line, "judge", judge)
+    monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
+    return wanted
+
+
+@pytest.fixture
 def judged(forced, monkeypatch):
     """`forced`, but for the judge, who is the real one again."""
     monkeypatch.setattr(tune._Line, "judge", _judge)
