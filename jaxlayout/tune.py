@@ -254,7 +254,7 @@ class _Line:
         timed = self.measure("convolutions", missing)
         complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
-        outcome = untouched("tuning was interrupted")
+        outcome, refused = untouched("tuning was interrupted"), ""
         for price in MEMORY_PRICES:
             self.model.byte_ns = price / self.model.policy.bytes_per_ns
             plan, more = self.solve(graph)
@@ -264,7 +264,9 @@ class _Line:
             source = "heuristic" if not complete else "nearest" if near else "measured"
             outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
             if outcome.verdict.cause != "memory":
-                break
+                verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
+                return replace(outcome, verdict=verdict)
+            refused = refused or f" (of the plan that should be fastest: {outcome.verdict.reason})"
             if price == MEMORY_PRICES[-1] and not self.forbid_hungriest(graph, plan):
                 break
         return outcome
