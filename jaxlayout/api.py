@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, eval_equations, open_jaxpr
+from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, open_jaxpr
 from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
@@ -215,11 +215,7 @@ class AutoLayout:
             if seen is not None:
                 seen((jaxpr, outcome))
             picker = None if decides else self._picker  # under a transformation others may be derived
-            if outcome.kept or picker is not None:
-                outs = retrace(jaxpr, outcome.plan if outcome.kept else Plan(), picker)(*arrays)
-            else:
-                outs = eval_equations(jaxpr, arrays)
-            return jax.tree.unflatten(out_trees[0], outs)
+            return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
         return body
 

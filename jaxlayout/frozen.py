@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, eval_equations, unspecified_sharding
+from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, unspecified_sharding
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.outcome import Outcome
@@ -171,11 +171,8 @@ class Frozen:
             program = jaxpr
             outcome = self._layout._tuned(program, concrete, context, frozen, None, choose)
 
-        def chosen(*flat: Any) -> list[Any]:
-            if outcome.kept:
-                return retrace(program, outcome.plan)(*flat)
-            return eval_equations(jaxpr, flat)
-
+        picker = self._layout._picker if whole else None  # for what is derived from convolutions that stay whole
+        chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
         split = Split.of(flattened(chosen, arrays, expand=not whole), frozen)
 
         def prepare() -> tuple[jax.Array, ...]:

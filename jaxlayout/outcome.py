@@ -30,6 +30,11 @@ class Outcome:
         """Whether the rewritten function runs."""
         return self.verdict.kept and (self.folded or not self.plan.trivial)
 
+    @property
+    def applied(self) -> Plan:
+        """What runs: the plan, or the empty one."""
+        return self.plan if self.kept else Plan()
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         rest = {name: getattr(self, name) for name in ("source", "seconds", "measured", "folded")}
