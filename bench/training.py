@@ -1,6 +1,6 @@
 """Training under `jax.jit` and under `auto_layout`, in turn in one process: whole loops, and single steps.
 
-    python -m bench.training [case ...] [--table FILE] [--small] [--out bench/results]
+    python -m bench.training [case ...] [--table FILE] [--small] [--budget S] [--out bench/results]
 
 Writes training-jax<version>.json and .md into --out; where cases are named, the others' rows stay.
 
@@ -285,15 +285,13 @@ def first_call(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float
     return out, time.perf_counter() - start
 
 
-def run(name: str, table: str | None, small: bool) -> dict[str, Any]:
+def run(name: str, table: str | None, small: bool, budget: float) -> dict[str, Any]:
     """One row."""
     case = CASES[name](small)
     args = case.args
-    tune = partial(auto_layout, table=table)
+    tune = partial(auto_layout, table=table, time_budget=budget)
     compare = partial(paired, pairs=3) if small else partial(paired, seconds=SECONDS)
-    tuner = tune(case.fun)
-    jax.block_until_ready(tuner(*args))
-    outcome = tuner.outcome(*args)
+    outcome = tune(case.fun).outcome(*args)
     plain, tuned = jax.jit(case.fun), tune(case.fun)
     found, tuned_s = first_call(tuned, args)
     expected, plain_s = first_call(plain, args)
@@ -394,6 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("cases", nargs="*", help=f"default: all of {', '.join(CASES)}")
     parser.add_argument("--table", default=None, help="cost table, default: the user's")
     parser.add_argument("--small", action="store_true", help="small shapes, few pairs: to see that it works")
+    parser.add_argument("--budget", type=float, default=7200.0, help="seconds of measuring, over all cases")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     given = parser.parse_args(argv)
     if unknown := set(given.cases) - set(CASES):
@@ -402,7 +401,7 @@ def main(argv: list[str] | None = None) -> int:
         given.out / f"training-jax{jax.__version__}{'-small' * given.small}",
         given.cases,
         CASES,
-        lambda name: run(name, given.table, given.small),
+        lambda name: run(name, given.table, given.small, given.budget),
         markdown,
     )
     return 0
