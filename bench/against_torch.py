@@ -22,8 +22,7 @@ import json
 import os
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ import torch
 import torch._inductor.config
 
 from bench.models import ALL_MODELS
+from bench.timing import Contender, in_turn, middle
 from bench.torch_models import TORCH_MODELS, channels_first, check, load
 from jaxlayout import auto_layout
 
@@ -45,35 +45,6 @@ SMALL = {"unet3d": 16, "vae3d_decoder": 4}
 #: What results may differ by, relative to their rms: enough to tell one network from another. How well each is computed
 #: is another matter; EfficientNet with random weights makes 1e-3 of a rounding.
 SAME = 1e-2
-
-Contender = Callable[[], Any]
-
-
-def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round, all warm. Each begins its turn with a call that is not timed, while the threads
-    of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""
-
-    def timed(call: Contender, repeat: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        return (time.perf_counter() - start) / repeat
-
-    repeats = {name: max(1, round(0.1 / timed(call, 1))) for name, call in contenders.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    names = list(contenders)
-    for n in range(rounds):
-        turned = names[n % len(names) :] + names[: n % len(names)]
-        for name in turned if n % 2 == 0 else reversed(turned):
-            contenders[name]()
-            seconds[name].append(timed(contenders[name], repeats[name]))
-    return seconds
-
-
-def middle(values: Sequence[float]) -> tuple[float, float]:
-    """The median, and half the interquartile range."""
-    low, _, high = statistics.quantiles(values, n=4)
-    return statistics.median(values), (high - low) / 2
 
 
 def peak() -> Contender:

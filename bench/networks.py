@@ -117,20 +117,24 @@ def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Ca
 
 
 def errors(f: Callable[..., Any], args: tuple[Any, ...], *outs: Any) -> list[float]:
-    """The largest errors of outputs against a float64 run, relative to its rms."""
+    """The largest errors of outputs against a float64 run, each array's relative to its rms."""
 
     def wide(x: Any) -> Any:
         return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     with jax.enable_x64(True):
-        exact = np.asarray(jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
+        exact = jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
     return errors_from(exact, *outs)
 
 
-def errors_from(exact: np.ndarray, *outs: Any) -> list[float]:
-    """The largest errors of outputs, relative to the rms of the exact one."""
-    rms = float(np.sqrt(np.mean(exact**2)))
-    return [float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / rms for out in outs]
+def errors_from(exact: Any, *outs: Any) -> list[float]:
+    """The largest errors of outputs, each array's relative to the rms of the exact one."""
+
+    def one(exact: np.ndarray, out: Any) -> float:
+        rms = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64))))
+        return float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / (rms or 1.0)
+
+    return [max(jax.tree.leaves(jax.tree.map(one, exact, out))) for out in outs]
 
 
 def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:

@@ -28,4 +28,4 @@ def write_rows(
         done = [rows[case] for case in every if case in rows]
         file.write_text(json.dumps(done, indent=1) + "\n")
         stem.with_name(f"{stem.name}.md").write_text(markdown(done))
-        print(markdown([rows[name]]).splitlines()[-1], flush=True)
+        print(next(line for line in markdown([rows[name]]).splitlines() if line.startswith(f"| {name} ")), flush=True)

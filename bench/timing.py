@@ -1,15 +1,18 @@
-"""Timing that holds on a noisy machine: two functions in turn in one process, ratios pair by pair."""
+"""Timing that holds on a noisy machine: functions in turn in one process, ratios pair by pair."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+Contender = Callable[[], Any]
+"""Runs once, to the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,3 +62,30 @@ def paired(
         spread=(high - low) / 2,
         pairs=pairs,
     )
+
+
+def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each in each round, all warm. Each begins its turn with a call that is not timed, while the threads
+    of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""
+
+    def timed(call: Contender, repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            call()
+        return (time.perf_counter() - start) / repeat
+
+    repeats = {name: max(1, round(0.1 / timed(call, 1))) for name, call in contenders.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    names = list(contenders)
+    for n in range(rounds):
+        turned = names[n % len(names) :] + names[: n % len(names)]
+        for name in turned if n % 2 == 0 else reversed(turned):
+            contenders[name]()
+            seconds[name].append(timed(contenders[name], repeats[name]))
+    return seconds
+
+
+def middle(values: Sequence[float]) -> tuple[float, float]:
+    """The median, and half the interquartile range."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return statistics.median(values), (high - low) / 2

@@ -298,9 +298,9 @@ TORCH_MODELS: dict[str, Callable[[], nn.Module]] = {
 } | {"unet3d": UNet3D, "vae3d_decoder": vae3d_decoder}
 
 
-def load(name: str, params: Params) -> nn.Module:
-    """The network for inference, with the weights of the flax one, in channels-last order."""
-    module = TORCH_MODELS[name]().eval().requires_grad_(False)
+def load(name: str, params: Params, train: bool = False) -> nn.Module:
+    """The network for inference or training, with the weights of the flax one, in channels-last order."""
+    module = TORCH_MODELS[name]().train(train).requires_grad_(train)
     state = {key: torch.from_numpy(np.array(leaf)) for key, leaf in as_torch(params).items()}
     for key, layer in module.named_modules():
         if isinstance(layer, nn.ConvTranspose3d):  # (in, out, ...), and flax does not flip the kernel
@@ -311,6 +311,22 @@ def load(name: str, params: Params) -> nn.Module:
         if leaf.ndim in FORMATS:
             leaf.data = leaf.data.contiguous(memory_format=FORMATS[leaf.ndim])
     return module
+
+
+def training(name: str, params: Params, images: Any, labels: Any, rate: float) -> tuple[nn.Module, Callable[[], float]]:
+    """The network, and what does a step of gradient descent and gives the loss before it: cross entropy, in place."""
+    module, pixels = load(name, params, train=True), channels_first(images)
+    target = torch.from_numpy(np.array(labels, np.int64))
+    sgd = torch.optim.SGD(module.parameters(), rate)
+
+    def step() -> float:
+        sgd.zero_grad()
+        loss = F.cross_entropy(module(pixels), target)
+        loss.backward()
+        sgd.step()
+        return loss.item()
+
+    return module, step
 
 
 def channels_first(images: Any) -> torch.Tensor:

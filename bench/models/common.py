@@ -18,6 +18,7 @@ import numpy as np
 
 Params: TypeAlias = Any  # a pytree of arrays (or of ShapeDtypeStructs)
 Apply: TypeAlias = Callable[[Params, jax.Array], jax.Array]
+TrainApply: TypeAlias = Callable[[Params, jax.Array], tuple[jax.Array, Params]]
 
 #: roles of what is not trained
 STATISTICS = frozenset({"mean", "var", "running_mean", "running_var"})
@@ -25,17 +26,18 @@ STATISTICS = frozenset({"mean", "var", "running_mean", "running_var"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A network in inference mode, of images or volumes whose values are about N(0, 1)."""
+    """A network, of images or volumes whose values are about N(0, 1)."""
 
     name: str
     order: Literal["NHWC", "NCHW", "NDHWC"]  # of the images
     parameters: int  # how many are trainable, as published
-    apply: Apply
+    apply: Apply  # in inference mode
     shapes: Callable[[], Params]  # the parameters, abstractly
     batch: int = 8
     size: int = 224  # of an image's side, in pixels
     depth: int | None = None  # of a volume of this size; of other sizes in proportion, at least 2
     channels: int = 3
+    train_apply: TrainApply | None = None  # in training mode: (logits, what `batch_stats` becomes, by that name)
     variance: float = 1.0  # the least of the batch norms' stored ones: so that signals neither fade nor blow up
 
     def images(self, batch: int, size: int) -> jax.ShapeDtypeStruct:
@@ -58,11 +60,16 @@ def flax_model(name: str, module: Any, parameters: int, **sizes: Any) -> Model:
     def apply(params: Params, images: jax.Array) -> jax.Array:
         return module.apply(params, images)
 
+    def train_apply(params: Params, images: jax.Array) -> tuple[jax.Array, Params]:
+        return module.apply(params, images, mutable=["batch_stats"])
+
     def shapes() -> Params:
         return jax.eval_shape(module.init, jax.random.key(0), model.images(1, model.size))
 
     order = "NDHWC" if "depth" in sizes else "NHWC"
-    model = Model(name=name, order=order, parameters=parameters, apply=apply, shapes=shapes, **sizes)
+    model = Model(
+        name=name, order=order, parameters=parameters, apply=apply, train_apply=train_apply, shapes=shapes, **sizes
+    )
     return model
 
 

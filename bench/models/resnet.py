@@ -12,7 +12,8 @@ STAGES = ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2))
 
 
 class ConvBN(nn.Module):
-    """A convolution without bias, padded to keep the size at stride 1; batch norm by stored statistics."""
+    """A convolution without bias, padded to keep the size at stride 1; batch norm, by stored statistics
+    or, where those may be changed, by the batch's."""
 
     features: int
     kernel: int = 1
@@ -30,7 +31,7 @@ class ConvBN(nn.Module):
             use_bias=False,
             name="conv",
         )(x)
-        return nn.BatchNorm(use_running_average=True, name="bn")(x)
+        return nn.BatchNorm(use_running_average=not self.is_mutable_collection("batch_stats"), name="bn")(x)
 
 
 class Bottleneck(nn.Module):

@@ -17,14 +17,15 @@ LEVELS = ((32, 64), (64, 128), (128, 256), (256, 512))
 
 
 class ConvBNReLU(nn.Module):
-    """3x3x3, batch norm by stored statistics, relu."""
+    """3x3x3, batch norm as in `resnet.ConvBN`, relu."""
 
     features: int
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Conv(self.features, (3, 3, 3), padding=1, name="conv")(x)
-        return nn.relu(nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False, name="bn")(x))
+        stored = not self.is_mutable_collection("batch_stats")
+        return nn.relu(nn.BatchNorm(use_running_average=stored, use_scale=False, use_bias=False, name="bn")(x))
 
 
 class UNet3D(nn.Module):
