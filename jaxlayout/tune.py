@@ -85,6 +85,9 @@ class Budget:
 
 process_budget = Budget()
 _tables: dict[str | None, CostTable] = {}
+_provisional: dict[tuple[Any, ...], Outcome] = {}
+"""What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
+for the table."""
 
 
 def open_table(path: str | None) -> CostTable:
@@ -127,12 +130,12 @@ def tune(
         told = compiler_options, choose_options
         line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, progress, stop))
         if (stored := line.stored()) is not None:
-            return replace(stored, source="stored")
+            return stored
         outcome = line.run()
         for extra in OPTION_SETS.get(line.device.platform, ()) if line.may_choose(outcome) else ():
             outcome = line.under(extra, outcome)
         outcome = replace(outcome, seconds=time.monotonic() - start, folded=written is not None)
-        if not stop.is_set() and outcome.source != "heuristic":
+        if not stop.is_set():
             line.store(outcome)
         return outcome
     except (TableMiss, Warning):  # a warning is an exception where the user made it one
@@ -197,8 +200,10 @@ class _Line:
         )
 
     def stored(self) -> Outcome | None:
+        """What was decided before, if anything."""
         text = self.table.load_plan(self.plans, self.key.function)
-        return None if text is None else self.parsed(text)
+        found = None if text is None else self.parsed(text)
+        return _provisional.get(self.place) if found is None else replace(found, source="stored")
 
     def parsed(self, text: str) -> Outcome | None:
         try:
@@ -207,7 +212,14 @@ class _Line:
             logger.warning("a stored plan cannot be read and is made anew: %s", error)
             return None
 
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self.table.path, self.plans, self.key.function, self.options
+
     def store(self, outcome: Outcome) -> None:
+        if outcome.source == "heuristic":
+            _provisional[self.place] = outcome
+            return
         sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
         self.table.store_plan(self.plans, self.key.function, self.key.skeleton, sizes, payload)
 

@@ -27,6 +27,7 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tune, "_tables", {})
+    monkeypatch.setattr(tune, "_provisional", {})
     monkeypatch.setattr(tune, "process_budget", tune.Budget())
 
 

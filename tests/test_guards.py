@@ -583,6 +583,8 @@ def test_heuristics_measure_nothing(monkeypatch, options):
     assert outcome.source == "heuristic"
     assert outcome.kept and not outcome.plan.trivial  # the policy knows depthwise convolutions to be slow in XLA
     assert table().counts() == {"measurements": 0, "plans": 0, "unsaved": 0}  # beliefs are not kept
+    monkeypatch.setattr(tune._Line, "run", None)
+    assert f.outcome(x, k) == outcome  # but by this process, which would come to the same again
 
 
 def test_a_budget_is_for_the_process(costs, monkeypatch):
