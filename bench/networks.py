@@ -4,9 +4,10 @@
 
 Writes networks-jax<version>.json and .md into --out; where cases are named, the others' rows stay. Columns: medians in
 ms; ratio, the median of pairwise ratios, and half its interquartile range; errors against a float64 run, relative to
-its rms; transposes in the program as written and tuned; temporary memory tuned / written; seconds of tuning and how
-many convolutions and transposes were timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings
-alone`: any lowering, orders as written. Both without compiler options.
+its rms; transposes in the program as written and tuned; temporary memory tuned / written; seconds of lowering and
+compiling under either, nothing cached, the plan given; seconds of tuning and how many convolutions and transposes were
+timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings alone`: any lowering, orders as written.
+Both without compiler options.
 """
 
 from __future__ import annotations
@@ -137,6 +138,18 @@ def errors_from(exact: Any, *outs: Any) -> list[float]:
     return [max(jax.tree.leaves(jax.tree.map(one, exact, out))) for out in outs]
 
 
+def compile_seconds(*makes: Callable[[], Any], args: tuple[Any, ...], runs: int = 3) -> list[float]:
+    """The least seconds that lowering and compiling each takes, made anew, in turn, with nothing cached."""
+
+    def seconds(make: Callable[[], Any]) -> float:
+        jax.clear_caches()
+        start = time.perf_counter()
+        make().lower(*args).compile()
+        return time.perf_counter() - start
+
+    return [min(times) for times in zip(*([seconds(make) for make in makes] for _ in range(runs)), strict=True)]
+
+
 def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
     """One row."""
     f, args = CASES[name]()
@@ -169,6 +182,10 @@ def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
         "timed": outcome.measured,
         "first_call_s": first_call,
     }
+    plan = outcome.plan if outcome.kept else Plan()
+    row["compile_s_jit"], row["compile_s"] = compile_seconds(
+        lambda: jax.jit(f), lambda: auto_layout(f, plan=plan), args=args
+    )
     if ablations and outcome.kept:
         for label, keep in (
             ("layouts_alone", lambda c, w: c.lowering == "xla"),
@@ -184,17 +201,21 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The table."""
     head = (
         "| case | jit ms | auto_layout ms | ratio | layouts alone | lowerings alone | error (jit's) | transposes |"
-        " memory | tuning s (timed) | verdict |\n|---|---|---|---|---|---|---|---|---|---|---|\n"
+        " memory | compile s: jit → auto_layout | tuning s (timed) | verdict |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
 
     def times(value: float | None) -> str:
         return "" if value is None else f"{value:.2f}x"
 
+    def compiling(row: dict[str, Any]) -> str:
+        return f"{row['compile_s_jit']:.1f} → {row['compile_s']:.1f}" if "compile_s" in row else ""
+
     lines = [
         f"| {r['case']} | {r['jit_ms']:.1f} | {r['auto_layout_ms']:.1f} | **{r['ratio']:.2f}x** ±{r['spread']:.2f} "
         f"| {times(r.get('layouts_alone'))} | {times(r.get('lowerings_alone'))} "
         f"| {r['error']:.1e} ({r['error_jit']:.1e}) | {r['transposes_written']} → {r['transposes_tuned']} "
-        f"| {times(r['memory'])} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
+        f"| {times(r['memory'])} | {compiling(r)} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
         for r in rows
     ]
     device = jax.devices()[0].device_kind

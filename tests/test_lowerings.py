@@ -19,6 +19,7 @@ from jaxlayout.convs.lowerings import Dot
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.program import equations
 
 ALL = {name: lowering for name, lowering in lowerings().items() if not lowering.relaxed}
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "complex64")
@@ -304,7 +305,7 @@ def test_precision_goes_with_its_operand():
     lhs, rhs = operands(c)
     for dims in Dot().orders(c):
         jaxpr = jax.make_jaxpr(lambda lhs, rhs, d=dims: through("dot", c, d, lhs, rhs))(lhs, rhs)
-        (dot,) = [eqn for eqn in jaxpr.eqns if eqn.primitive is lax.dot_general_p]
+        (dot,) = [eqn for eqn in equations(jaxpr) if eqn.primitive is lax.dot_general_p]
         kernel_first = math.prod(dot.invars[0].aval.shape) == 2 * 3 * 5
         assert dot.params["precision"] == ((low, high) if kernel_first else (high, low)), dims
 

@@ -10,7 +10,7 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
@@ -167,24 +167,73 @@ def stems(draw):
     return conv(*shapes, strides=(step,) * rank, padding=padding, dtype=dtype)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(stems())
-def test_space_to_depth_equals_lax(c):
-    """On small integers, with XLA's convolution inside and with another."""
+@st.composite
+def narrow_groups(draw):
+    """Of 2 to 8 features; in gradients to the input, of as many as there are out features of a group."""
+    rank, dtype = draw(st.integers(0, 3)), draw(st.sampled_from(("float32", "float64", "bfloat16", "int32", "int8")))
+    features = draw(st.integers(2, 8))
+    groups = draw(st.sampled_from([n for n in (2, 3, 4, 6, 8, 9) if n * features >= 16]))
+
+    def per_axis(values):
+        return tuple(draw(values) for _ in range(rank))
+
+    size, dilations = st.integers(4, 7 if rank < 3 else 5), per_axis(st.integers(1, 2))
+    padding, kernel = per_axis(st.tuples(st.integers(-1, 2), st.integers(-1, 2))), per_axis(st.integers(1, 3))
+    return conv(
+        (draw(st.integers(0, 2)), *per_axis(size), features * groups),
+        (*kernel, features, groups * draw(st.integers(1, 3))),
+        groups=groups,
+        strides=per_axis(st.integers(1, 2)),
+        padding=padding,
+        dtype=dtype,
+        **draw(st.sampled_from([{"lhs_dilation": dilations}, {"rhs_dilation": dilations}, {}])),
+    )
+
+
+def assert_exact(name, c):
+    """On small integers, with XLA's convolution inside and with others."""
     lhs, rhs = operands(c)
     with jax.enable_x64(c.out_dtype == np.float64):
         expected = np.asarray(jax.jit(lambda lhs, rhs: plain(c, lhs, rhs))(lhs, rhs))
-        found = {inner for dims in orders("space_to_depth", c) for inner in inside(c, dims)}
-        assert "xla" in found and (0 in expected.shape or len(found) > 1)
+        found = {inner for dims in orders(name, c) for inner in inside(name, c, dims)}
+        assert "xla" in found
         for inner in sorted(found):
-            for dims, out in outs("space_to_depth", c, lhs, rhs, "/" + inner).items():
+            for dims, out in outs(name, c, lhs, rhs, "/" + inner).items():
                 np.testing.assert_array_equal(out, expected, err_msg=f"{inner} {dims}")
 
 
-def inside(c, dims):
-    """The strict lowerings that fit in `space_to_depth`."""
-    inner = [name.partition("/")[2] for name in RELAXED["space_to_depth"].names(c, dims)]
-    return [name for name in inner if not is_relaxed(name)]
+def inside(name, c, dims):
+    """The strict lowerings that fit in a relaxed one."""
+    inner = [full.partition("/")[2] for full in RELAXED[name].names(c, dims)]
+    return [full for full in inner if not is_relaxed(full)]
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(stems())
+def test_space_to_depth_equals_lax(c):
+    assert_exact("space_to_depth", c)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(narrow_groups())
+@example(conv((2, 8, 8, 24), (3, 3, 8, 9), groups=3, padding=SAME))  # all of them one
+@example(conv((2, 8, 8, 36), (3, 3, 2, 54), groups=18, padding=SAME))  # nine at a time
+def test_merged_equals_lax(c):
+    assert_exact("merged", c)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_not_a_number_spreads_to_the_groups_merged_with_its(bad):
+    c = conv((1, 6, 6, 32), (3, 3, 4, 32), groups=8, padding=SAME)
+    lhs, rhs = operands(c)
+    lhs[0, 3, 3, 17] = bad  # of the second half of the groups
+    for out in outs("merged", c, lhs, rhs, "/groups/xla").values():
+        assert np.isfinite(out[..., :16]).all() and not np.isfinite(out[0, 3, 3, 16:]).any()
+        assert np.isfinite(out[0, :2]).all()
+    lhs, rhs = operands(c)
+    rhs[1, 1, 0, 5] = bad  # a weight's own out feature alone
+    for out in outs("merged", c, lhs, rhs, "/groups/xla").values():
+        assert np.isfinite(np.delete(out, 5, -1)).all()
 
 
 def test_relaxed_lowerings_inside_others():
@@ -209,7 +258,7 @@ DENSE, LARGE, STEM = ((2, 9, 9, 8), (3, 3, 8, 8)), ((2, 24, 24, 2), (11, 11, 2, 
         (conv(*DENSE, strides=(1, 2)), ""),
         (conv(*DENSE, lhs_dilation=(2, 1)), ""),
         (conv(*DENSE, rhs_dilation=(1, 2)), ""),
-        (conv((2, 9, 9, 16), (3, 3, 8, 8), groups=2), ""),
+        (conv((2, 9, 9, 16), (3, 3, 8, 8), groups=2), "merged"),
         (conv((2, 9, 9, 8), (3, 3, 8, 8), batch_groups=2), ""),
         (conv((2, 9, 9, 8), (3, 3, 8, 7)), ""),
         (conv((2, 9, 9, 7), (3, 3, 7, 8)), ""),
@@ -244,6 +293,10 @@ DENSE, LARGE, STEM = ((2, 9, 9, 8), (3, 3, 8, 8)), ((2, 24, 24, 2), (11, 11, 2, 
         (conv(*STEM, strides=(2, 2), lhs_dilation=(3, 3)), ""),
         (conv((2, 16, 16, 5), (7, 7, 5, 4), strides=(2, 2)), ""),
         (conv((2, 16, 16, 4), (7, 7, 1, 4), strides=(2, 2), groups=4), ""),
+        (conv((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged"),
+        (conv((2, 9, 16), (3, 2, 8), groups=8, strides=(2,), dtype="int8"), "merged"),
+        (conv((2, 9, 9, 64), (3, 3, 16, 64), groups=4), ""),
+        (conv((2, 9, 9, 14), (3, 3, 2, 14), groups=7), ""),
         (conv((2, 16, 16, 4), (7, 7, 4, 4), strides=(2, 2), batch_groups=2), ""),
     ],
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value.replace(" ", "-"),
@@ -263,6 +316,7 @@ def test_offers(c, offered):
         (conv(*STEM, strides=(2, 2)), "space_to_depth/tap_dots"),
         (conv((2, 9, 9, 8), (6, 6, 8, 8), lhs_dilation=(2, 2), padding=((4, 4), (4, 4))), "phases/winograd2"),
         (conv((2, 9, 9, 16), (3, 3, 8, 16), groups=2), "groups/winograd4"),
+        (conv((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged/groups/xla"),
         (conv((2, 5, 9, 9, 8), (3, 3, 3, 8, 8)), "planes/winograd2"),
     ],
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value,
@@ -287,6 +341,7 @@ FIRST = ConvDimensionNumbers(ConvLayout.channels_first(2), KernelLayout.oi_first
         ("fft", conv((2, 24, 25, 2), (12, 11, 2, 3)), FIRST, ["fft", "fft"]),
         ("fft", conv((2, 24, 25, 2), (12, 11, 1, 2), groups=2), FIRST, ["fft", "fft"]),
         ("space_to_depth", conv((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2), ["xla", "xla"]),
+        ("merged", conv((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2), ["xla", "xla"]),
     ],
 )
 def test_transformed(name, c, dims, derived):
@@ -329,6 +384,7 @@ TUNED = [
     ("winograd4", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
     ("fft", conv((2, 24, 25, 2), (12, 11, 2, 3)), FIRST),
     ("space_to_depth", conv((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2)),
+    ("merged", conv((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2)),
 ]
 
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import jax
@@ -198,6 +198,14 @@ def versioned(name: str) -> str:
 
 
 def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The convolution through one lowering."""
+    """The convolution through one lowering; a call, which is traced and lowered once for many equal ones."""
+    # The lowerings themselves too, as a name may come to mean another.
+    return _evaluated(name, tuple(map(lowering_named, name.split("/"))), conv, dims, lhs, rhs)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _evaluated(
+    name: str, parts: tuple[Lowering, ...], conv: ConvSignature, dims: ConvDimensionNumbers, lhs: Any, rhs: Any
+) -> jax.Array:
     found = lowering_named(name)
     return found.apply(conv, dims, lhs, found.prepare(conv, dims, rhs))

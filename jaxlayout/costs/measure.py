@@ -346,14 +346,12 @@ class _Trials:
                 self.running[name] = trial
 
     def firsts(self) -> Iterable[str]:
-        """What to compile first: of each orders one alternative, the first of all the one written."""
-        ways, orders = self.job.alternatives, self.job.orders
+        """What to compile first: the alternative written, and of each other orders one."""
+        ways, orders = list(self.job.alternatives), self.job.orders
         if self.peaks is None or orders is None:
             return ways
-        firsts: dict[Any, str] = {}
-        for name in ways:
-            firsts.setdefault(orders(name), name)
-        return firsts.values()
+        each = {orders(name): name for name in reversed(ways)}
+        return [name for name in ways if each[orders(name)] == name]
 
     def left(self) -> Iterable[str]:
         """Those of the others that may still win."""

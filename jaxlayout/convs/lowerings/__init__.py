@@ -5,6 +5,7 @@ from jaxlayout.convs.lowerings.dot import Dot
 from jaxlayout.convs.lowerings.fft import Fft
 from jaxlayout.convs.lowerings.groups import Groups
 from jaxlayout.convs.lowerings.im2col import Im2col
+from jaxlayout.convs.lowerings.merged import Merged
 from jaxlayout.convs.lowerings.phases import Phases
 from jaxlayout.convs.lowerings.planes import Planes
 from jaxlayout.convs.lowerings.rows import Rows
@@ -15,7 +16,7 @@ from jaxlayout.convs.lowerings.winograd import Winograd2, Winograd4
 from jaxlayout.convs.lowerings.xla import Xla
 
 _STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes())
-_RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth())
+_RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth(), Merged())
 
 for _lowering in (*_STRICT, *_RELAXED):
     register_lowering(_lowering)
@@ -25,6 +26,7 @@ __all__ = [
     "Fft",
     "Groups",
     "Im2col",
+    "Merged",
     "Phases",
     "Planes",
     "Rows",

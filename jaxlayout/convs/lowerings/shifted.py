@@ -37,7 +37,7 @@ class Shifted(Lowering):
     """
 
     name = "shifted"
-    version = 3
+    version = 4
     any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
@@ -50,20 +50,19 @@ class Shifted(Lowering):
         yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:
-        """The weights of each tap, tap by tap, each laid out to multiply lhs."""
-        ones, groups, spatial = [1] * conv.rank, conv.feature_groups, dims.rhs.spatial
-        taps = (math.prod(conv.kernel), *_frame(dims, ones, 1, groups, conv.out_features // groups))
+        """The weights of each tap, one vector of all out features after the other: a tap's are a slice."""
+        taps, spatial = math.prod(conv.kernel), dims.rhs.spatial
         if BARRIERS_STAY or dims.rhs.axes.startswith(spatial):
             rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in spatial + "IO"])
-            return lax.optimization_barrier(lax.reshape(rhs, taps).astype(conv.accumulator))
+            return lax.optimization_barrier(lax.reshape(rhs, (rhs.size,)).astype(conv.accumulator))
         rhs = lax.transpose(rhs, [dims.rhs.axes.index(a) for a in "IO" + spatial])
-        rhs = lax.reshape(rhs, (conv.out_features, taps[0])).astype(conv.accumulator)
+        rhs = lax.reshape(rhs, (conv.out_features, taps)).astype(conv.accumulator)
 
         def add_tap(tap: jax.Array, rows: jax.Array) -> jax.Array:
             return lax.dynamic_update_index_in_dim(rows, lax.dynamic_index_in_dim(rhs, tap, 1, keepdims=False), tap, 0)
 
         # Only a loop is sure to be done by itself: elsewhere each tap's weights would be gathered at every position.
-        return lax.reshape(lax.fori_loop(0, taps[0], add_tap, lax.full(rhs.shape[::-1], 0, rhs.dtype)), taps)
+        return lax.reshape(lax.fori_loop(0, taps, add_tap, lax.full(rhs.shape[::-1], 0, rhs.dtype)), (rhs.size,))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if not dims.lhs.is_channels_last:  # or LLVM does not vectorise the conversion of bfloat16
@@ -73,9 +72,9 @@ class Shifted(Lowering):
             padding = [(lo, hi, d - 1) for (lo, hi), d in zip(conv.padding, conv.lhs_dilation, strict=True)]
             lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), _frame(dims, padding, *[(0, 0, 0)] * 2))
             sizes, low = lhs.shape[1:-1] if dims.lhs.is_channels_last else lhs.shape[2:], [0] * conv.rank
-        # A barrier before the axis is added, so that what comes before may work in place.
         lhs = lax.optimization_barrier(lhs)
-        lhs = lax.expand_dims(lhs, [dims.lhs.axes.index("C") + 1])  # groups, multiplier
+        groups, outs, at_features = conv.feature_groups, conv.out_features, dims.lhs.axes.index("C")
+        features = (groups,) if groups == outs else (groups, outs // groups)  # the multiplier
         zero, rows = lax.full((), 0, prepared.dtype), {}
         for i, tap in enumerate(itertools.product(*map(range, conv.kernel))):
             at = [t * d - lo for t, d, lo in zip(tap, conv.rhs_dilation, low, strict=True)]
@@ -84,11 +83,16 @@ class Shifted(Lowering):
                 continue
             start = [a * s + p for (a, _), s, p in zip(spans, conv.strides, at, strict=True)]
             stop = [(b - 1) * s + p + 1 for (_, b), s, p in zip(spans, conv.strides, at, strict=True)]
-            limits = _frame(dims, stop, conv.batch, conv.in_features, 1)
-            view = lax.slice(lhs, _frame(dims, start, 0, 0, 0), limits, _frame(dims, conv.strides, 1, 1, 1))
-            term = view.astype(prepared.dtype) * lax.index_in_dim(prepared, i, keepdims=False)
+            limits = _frame(dims, stop, conv.batch, conv.in_features)
+            view = lax.slice(lhs, _frame(dims, start, 0, 0), limits, _frame(dims, conv.strides, 1, 1))
+            view = lax.expand_dims(view, range(at_features + 1, at_features + len(features)))
+            weights = lax.reshape(lax.slice(prepared, [i * outs], [i * outs + outs]), features)
+            met = _frame(dims, [b - a for a, b in spans], conv.batch, *features)
+            over = range(at_features, at_features + len(features))
+            term = view.astype(prepared.dtype) * lax.broadcast_in_dim(weights, met, over)
             edges = [(a, o - b, 0) for (a, b), o in zip(spans, conv.out_spatial, strict=True)]
-            term = lax.pad(term, zero, _frame(dims, edges, *[(0, 0, 0)] * 3))
+            if any(lo or hi for lo, hi, _ in edges):
+                term = lax.pad(term, zero, _frame(dims, edges, *[(0, 0, 0)] * (len(features) + 1)))
             row = (*tap[:-1], tap[-1] // 8) if tap else ()
             rows[row] = rows[row] + term if row in rows else term
         shape = conv.out_shape(dims.out)
