@@ -11,7 +11,8 @@ rounds; how much of the machine's peak both reach, which is the best time of a l
 
 The machine should be idle: PyTorch's threads spin while they wait for each other, and where other programs run, that
 makes it many times slower. OMP_WAIT_POLICY=passive makes it robust (and a little slower where it is idle); the table
-says if it was set.
+says if it was set, and what glibc's malloc was told: MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
+MALLOC_ARENA_MAX=1 makes it keep the pages of large arrays instead of handing them back and having them zeroed anew.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from jaxlayout import auto_layout
 
 OURS, THEIRS = ("jit", "auto_layout"), ("eager", "compile")
 PEAK_SIDE = 3072
+#: what the table says where it is set
+TOLD = ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 #: sides for --small, where it is not 64
 SMALL = {"unet3d": 16, "vae3d_decoder": 4}
 
@@ -143,9 +146,9 @@ def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
         f"- auto_layout is faster: {named(lambda ratio, spread: ratio - spread > 1)}",
     )
     frozen = "frozen" if all(r["frozen"] for r in rows) else "weights as arguments"
-    waiting = f"OMP_WAIT_POLICY={policy} " if (policy := os.environ.get("OMP_WAIT_POLICY")) else ""
+    told = [f"{name}={value} " for name in TOLD if (value := os.environ.get(name))]
     versions = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores"
-    where = f"{versions}, auto_layout: {frozen}, `{waiting}{command}`"
+    where = f"{versions}, auto_layout: {frozen}, `{''.join(told)}{command}`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
 
 

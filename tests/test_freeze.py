@@ -159,7 +159,8 @@ def test_what_a_lowering_prepares_is_prepared():
     modes = [Mode((same, same), (same,), Candidate(name, dims)) for name in ("shifted", "dot")]
     frozen = auto_layout(f, plan=Plan(choices={(i,): mode for i, mode in enumerate(modes)})).freeze(ks)
     close(frozen(x), f(ks, x))
-    assert {a.shape for a in frozen.trace(x).jaxpr.in_avals} == {x.shape, (27,), (4, 3)}
+    # (On jaxlib 0.10 also a number that keeps the sum of `shifted` apart.)
+    assert {a.shape for a in frozen.trace(x).jaxpr.in_avals} - {()} == {x.shape, (27,), (4, 3)}
     assert "transpose" not in left(frozen, x)
 
 

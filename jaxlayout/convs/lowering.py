@@ -37,6 +37,8 @@ class Lowering(ABC):
     version: ClassVar[int] = 1
     any_kernel: ClassVar[bool] = False
     """Whether `prepare` takes the kernel in any order, at no cost that matters: then it stays as it is written."""
+    rereads: ClassVar[bool] = False
+    """Whether it reads lhs several times in what XLA may fuse with what computes lhs."""
     relaxed: ClassVar[bool] = False
     """Whether it may be less accurate than XLA's own convolution, or spread a NaN farther: offered only under
     `numerics='relaxed'`."""
@@ -190,6 +192,11 @@ def lowering_named(name: str) -> Lowering:
 def is_relaxed(name: str) -> bool:
     """Whether a lowering, or one inside it, is relaxed."""
     return any(lowering_named(part).relaxed for part in name.split("/"))
+
+
+def rereads(name: str) -> bool:
+    """Whether a lowering, or one inside it, reads lhs several times."""
+    return any(lowering_named(part).rereads for part in name.split("/"))
 
 
 def versioned(name: str) -> str:

@@ -10,15 +10,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax.extend.core import Literal, jaxprs_in_params
+from jax.extend.core import primitives as p
 
 from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr
+from jaxlayout.convs.lowering import rereads
 from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, rule_for
+from jaxlayout.graph.rules.elementwise import ELEMENTWISE, TRANSCENDENTAL
 from jaxlayout.layout import LayoutTensor, Order, identity
 from jaxlayout.program import equations
+
+_CALLS = frozenset({p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p})
+_FUSED = frozenset({p.pad_p, p.reshape_p, p.rev_p, p.slice_p, p.squeeze_p, p.transpose_p}) | ELEMENTWISE
 
 
 def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..., list[Any]]:
@@ -36,12 +42,14 @@ def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..
 
 
 class _Held:
-    """A value in the order it was produced in, with the conversions of it made so far."""
+    """A value in the order it was produced in, with the conversions of it made so far. `dear`: it costs much to compute
+    and nothing to keep XLA from doing so for each of its readers."""
 
-    __slots__ = ("made",)
+    __slots__ = ("dear", "made")
 
-    def __init__(self, tensor: LayoutTensor):
+    def __init__(self, tensor: LayoutTensor, dear: bool):
         self.made: dict[Order, LayoutTensor] = {tensor.order: tensor}
+        self.dear = dear
 
     def to(self, order: Order) -> LayoutTensor:
         if order not in self.made:
@@ -49,9 +57,9 @@ class _Held:
         return self.made[order]
 
 
-def _held(array: Any, order: Order) -> Any:
+def _held(array: Any, order: Order, dear: bool = False) -> Any:
     """A value of the interpreter; scalars (which have no order) and what is no array stay as they are."""
-    return _Held(LayoutTensor(array, order)) if order else array
+    return _Held(LayoutTensor(array, order), dear) if order else array
 
 
 def _in_order(value: Any, order: Order) -> Any:
@@ -103,7 +111,9 @@ class _Interpreter:
             if eqn.primitive not in CONVOLUTIONS:
                 raise misfit(eqn, path, "is not a convolution")
             numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
-            outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=mode.candidate.lowering)
+            seal = getattr(operands[0], "dear", False) and rereads(mode.candidate.lowering)
+            name = f"sealed/{mode.candidate.lowering}" if seal else mode.candidate.lowering
+            outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=name)
         elif eqn.primitive in CONVOLUTIONS and self.picker is not None:
             outs = self.convolution(arrays, {"lowering": "xla"} | eqn.params)
         elif mode is None:
@@ -112,7 +122,8 @@ class _Interpreter:
             outs = rule.apply(eqn, arrays, orders)
         else:
             raise misfit(eqn, path, "has no rule for other orders")
-        return [_held(out, order) for out, order in zip(outs, orders.results, strict=True)]
+        dear = _is_dear(eqn, operands)
+        return [_held(out, order, dear) for out, order in zip(outs, orders.results, strict=True)]
 
     def convolution(self, arrays: Sequence[Any], params: Mapping[str, Any], **ours: Any) -> list[Any]:
         return [tuned_conv(*arrays, **{**params, **ours, "picker": self.picker})]
@@ -146,6 +157,15 @@ class _Interpreter:
             run.__name__ = run.__qualname__ = str(eqn.params.get("name", eqn.primitive))
             self.bodies[key] = run
         return self.bodies[key]
+
+
+def _is_dear(eqn: Any, operands: Sequence[Any]) -> bool:
+    """Whether an equation's results cost much to compute, by it or what may be fused with it, at each element."""
+    inner = [one for sub in jaxprs_in_params(eqn.params) for one in equations(sub)]
+    steps = [one for one in (eqn, *inner) if one.primitive not in _CALLS]
+    if any(one.primitive not in _FUSED for one in steps):
+        return False
+    return any(getattr(x, "dear", False) for x in operands) or any(one.primitive in TRANSCENDENTAL for one in steps)
 
 
 def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:

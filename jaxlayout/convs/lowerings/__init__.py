@@ -9,13 +9,14 @@ from jaxlayout.convs.lowerings.merged import Merged
 from jaxlayout.convs.lowerings.phases import Phases
 from jaxlayout.convs.lowerings.planes import Planes
 from jaxlayout.convs.lowerings.rows import Rows
+from jaxlayout.convs.lowerings.sealed import Sealed
 from jaxlayout.convs.lowerings.shifted import Shifted
 from jaxlayout.convs.lowerings.space_to_depth import SpaceToDepth
 from jaxlayout.convs.lowerings.tap_dots import TapDots
 from jaxlayout.convs.lowerings.winograd import Winograd2, Winograd4
 from jaxlayout.convs.lowerings.xla import Xla
 
-_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes())
+_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes(), Sealed())
 _RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth(), Merged())
 
 for _lowering in (*_STRICT, *_RELAXED):
@@ -30,6 +31,7 @@ __all__ = [
     "Phases",
     "Planes",
     "Rows",
+    "Sealed",
     "Shifted",
     "SpaceToDepth",
     "TapDots",

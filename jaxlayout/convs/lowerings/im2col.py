@@ -35,6 +35,7 @@ class Im2col(Lowering):
     """
 
     name = "im2col"
+    rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         grouped = conv.feature_groups != 1 or conv.batch_groups != 1

@@ -13,6 +13,7 @@ from jax import numpy as jnp
 
 from jaxlayout._compat import BARRIERS_STAY
 from jaxlayout.convs.lowering import Lowering
+from jaxlayout.convs.seal import seal
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
@@ -37,8 +38,9 @@ class Shifted(Lowering):
     """
 
     name = "shifted"
-    version = 4
+    version = 5
     any_kernel = True
+    rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         numeric = jnp.issubdtype(conv.lhs_dtype, np.number)
@@ -72,7 +74,6 @@ class Shifted(Lowering):
             padding = [(lo, hi, d - 1) for (lo, hi), d in zip(conv.padding, conv.lhs_dilation, strict=True)]
             lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), _frame(dims, padding, *[(0, 0, 0)] * 2))
             sizes, low = lhs.shape[1:-1] if dims.lhs.is_channels_last else lhs.shape[2:], [0] * conv.rank
-        lhs = lax.optimization_barrier(lhs)
         groups, outs, at_features = conv.feature_groups, conv.out_features, dims.lhs.axes.index("C")
         features = (groups,) if groups == outs else (groups, outs // groups)  # the multiplier
         zero, rows = lax.full((), 0, prepared.dtype), {}
@@ -99,21 +100,7 @@ class Shifted(Lowering):
         if not rows:
             return lax.full(shape, 0, conv.out_dtype)
         out = lax.reshape(reduce(lax.add, rows.values()), shape).astype(conv.out_dtype)
-        return _sealed(out)
-
-
-def _sealed(out: jax.Array) -> jax.Array:
-    """The same values, computed once: XLA would take the taps into the fusion of each consumer.
-
-    On jaxlib 0.10 the barrier is gone by the time YNNPACK's fusions grow backwards from a dot or a reduction; they take
-    every elementwise operation that they know, the sum included, and each shifted view is written out. They do not
-    know `reduce_precision`, which here reduces nothing (measured on a ConvNeXt block: 318 MB of temporary memory
-    against 77).
-    """
-    if jnp.issubdtype(out.dtype, np.floating):
-        info = jnp.finfo(out.dtype)
-        out = lax.reduce_precision(out, info.nexp, info.nmant)
-    return lax.optimization_barrier(out)
+        return seal(out, prepared)  # or the taps would go into the fusion of each consumer
 
 
 def _span(at: int, size: int, stride: int, outputs: int) -> tuple[int, int]:

@@ -29,6 +29,7 @@ class TapDots(Lowering):
     """
 
     name = "tap_dots"
+    rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         plain = conv.feature_groups == conv.batch_groups == 1 and all(d == 1 for d in conv.lhs_dilation)
