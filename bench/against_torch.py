@@ -146,7 +146,7 @@ def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
         f"- auto_layout is faster: {named(lambda ratio, spread: ratio - spread > 1)}",
     )
     frozen = "frozen" if all(r["frozen"] for r in rows) else "weights as arguments"
-    told = [f"{name}={value} " for name in TOLD if (value := os.environ.get(name))]
+    told = "".join(f"{name}={value} " for name in TOLD if (value := os.environ.get(name)))
     versions = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores"
     where = f"{versions}, auto_layout: {frozen}, `{''.join(told)}{command}`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
