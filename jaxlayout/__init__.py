@@ -14,6 +14,7 @@ from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
+from jaxlayout.memory import keep_freed_memory
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
@@ -42,6 +43,7 @@ __all__ = [
     "TableMiss",
     "TableWarning",
     "auto_layout",
+    "keep_freed_memory",
     "register_lowering",
     "register_rule",
 ]

@@ -1,0 +1,43 @@
+"""`keep_freed_memory`, in a process of its own: what it says holds for all of one."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import sys
+
+from jaxlayout import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def fill():
+    b"x" * 2**26  # and gone
+
+
+fill()
+before = faults()
+fill()
+print(faults() - before)
+"""
+
+
+def page_faults(how: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is about glibc")
+def test_pages_are_kept():
+    if (given_back := page_faults("as it is")) < 1000:
+        pytest.skip("large arrays are not handed back here")
+    assert page_faults("keep") < given_back / 10
