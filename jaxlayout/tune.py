@@ -275,6 +275,9 @@ class _Line:
                 return outcome
             source = "heuristic" if not complete else "nearest" if near else "measured"
             outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
+            while outcome.verdict.cause == "memory" and (sizes := self.sealed(plan)):
+                plan = replace(plan, sealed_bytes=max(sizes) // 2)
+                outcome = replace(outcome, plan=plan, verdict=self.judge(plan))
             if outcome.verdict.cause != "memory":
                 verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
                 return replace(outcome, verdict=verdict)
@@ -282,6 +285,12 @@ class _Line:
             if price == MEMORY_PRICES[-1] and not self.forbid_hungriest(graph, plan):
                 break
         return outcome
+
+    def sealed(self, plan: Plan) -> list[int]:
+        """The sizes of arrays that a plan has written out before convolutions that read them often."""
+        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, plan))(*self.shapes))
+        found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
+        return [eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found]
 
     def may_choose(self, outcome: Outcome) -> bool:
         """Whether compiler options are worth a try: only where whole functions may be timed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
@@ -780,6 +781,8 @@ def test_what_is_costly_is_computed_before_a_convolution_that_reads_it_often(act
     plan = plan_of(graph, [node.modes[-1] if node.conv else node.modes[0] for node in graph.nodes])
     chosen = [e.params["lowering"] for e in equations(retraced(jaxpr, plan)) if e.primitive is tuned_conv_p]
     assert chosen == ["shifted", "sealed/shifted" if sealed else "shifted"]
+    small = retraced(jaxpr, dataclasses.replace(plan, sealed_bytes=args[0].nbytes - 1))
+    assert {e.params["lowering"] for e in equations(small) if e.primitive is tuned_conv_p} == {"shifted"}
     found, wanted = jax.jit(single(jaxpr, plan))(*args), jax.jit(program)(*args)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)
     found, wanted = (jax.jit(jax.grad(lambda *a, f=f: f(*a).sum(), 2))(*args) for f in (single(jaxpr, plan), program))

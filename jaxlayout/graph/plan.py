@@ -45,6 +45,9 @@ class Plan:
     exact: bool = True
     compiler_options: Mapping[str, str] = field(default_factory=dict)
     """What the whole program is compiled with beside what the user told `jax.jit`."""
+    sealed_bytes: int | None = None
+    """How large an array is at most that is written out because a convolution reads it often and it is costly to
+    compute (see `rewrite.retrace`); None: any."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
@@ -82,6 +85,7 @@ class Plan:
             "bound_ns": self.bound_ns,
             "exact": self.exact,
             "compiler_options": dict(self.compiler_options),
+            "sealed_bytes": self.sealed_bytes,
         }
 
     @classmethod
@@ -104,6 +108,7 @@ class Plan:
                 bound_ns=float(data["bound_ns"]),
                 exact=bool(data["exact"]),
                 compiler_options={str(name): str(value) for name, value in data["compiler_options"].items()},
+                sealed_bytes=None if data["sealed_bytes"] is None else int(data["sealed_bytes"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}") from error

@@ -35,7 +35,7 @@ def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..
     """
 
     def run(*args: Any) -> list[Any]:
-        outs = _Interpreter(plan.choices, picker).region(jaxpr, [_held(x, _written(x)) for x in args], ())
+        outs = _Interpreter(plan, picker).region(jaxpr, [_held(x, _written(x)) for x in args], ())
         return [_in_order(x, _written(x)) for x in outs]
 
     return run
@@ -72,12 +72,12 @@ def _written(value: Any) -> Order:
 
 
 class _Interpreter:
-    def __init__(self, choices: Mapping[Path, Mode], picker: Picker | None):
-        self.choices, self.picker = choices, picker
+    def __init__(self, plan: Plan, picker: Picker | None):
+        self.choices, self.sealed_bytes, self.picker = plan.choices, plan.sealed_bytes, picker
         # Repeated blocks share one inner jaxpr: rebuilt the same way they are one function again.
         self.bodies: dict[Any, Callable[..., list[Any]]] = {}
         self.inside: dict[Path, tuple[tuple[Path, Mode], ...]] = {}
-        for path, mode in choices.items():
+        for path, mode in self.choices.items():
             for n in range(1, len(path)):
                 self.inside[path[:n]] = (*self.inside.get(path[:n], ()), (path[n:], mode))
 
@@ -111,7 +111,7 @@ class _Interpreter:
             if eqn.primitive not in CONVOLUTIONS:
                 raise misfit(eqn, path, "is not a convolution")
             numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
-            seal = getattr(operands[0], "dear", False) and rereads(mode.candidate.lowering)
+            seal = getattr(operands[0], "dear", False) and self.may_seal(arrays[0], mode.candidate.lowering)
             name = f"sealed/{mode.candidate.lowering}" if seal else mode.candidate.lowering
             outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=name)
         elif eqn.primitive in CONVOLUTIONS and self.picker is not None:
@@ -127,6 +127,11 @@ class _Interpreter:
 
     def convolution(self, arrays: Sequence[Any], params: Mapping[str, Any], **ours: Any) -> list[Any]:
         return [tuned_conv(*arrays, **{**params, **ours, "picker": self.picker})]
+
+    def may_seal(self, lhs: Any, lowering: str) -> bool:
+        """Whether an lhs that is costly to compute is written out for a lowering."""
+        small = self.sealed_bytes is None or lhs.size * lhs.dtype.itemsize <= self.sealed_bytes
+        return small and rereads(lowering)
 
     def derives(self, rule: RegionRule, eqn: Any) -> bool:
         """Whether an equation runs convolutions that others may be derived from."""
