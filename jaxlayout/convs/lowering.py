@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import lru_cache, partial
+from functools import cache, lru_cache
 from typing import Any, ClassVar
 
 import jax
@@ -205,14 +205,26 @@ def versioned(name: str) -> str:
 
 
 def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The convolution through one lowering; a call, which is traced and lowered once for many equal ones."""
-    # The lowerings themselves too, as a name may come to mean another.
-    return _evaluated(name, tuple(map(lowering_named, name.split("/"))), conv, dims, lhs, rhs)
+    """The convolution through one lowering; where that is more than one operation, a call by its name, which is traced
+    and lowered once for many equal ones."""
+    parts = tuple(map(lowering_named, name.split("/")))  # themselves, as a name may come to mean another
+    run = _evaluate if name == "xla" else _call(name)
+    return run(name, parts, conv, dims, lhs, rhs)
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _evaluated(
+def _evaluate(
     name: str, parts: tuple[Lowering, ...], conv: ConvSignature, dims: ConvDimensionNumbers, lhs: Any, rhs: Any
 ) -> jax.Array:
     found = lowering_named(name)
     return found.apply(conv, dims, lhs, found.prepare(conv, dims, rhs))
+
+
+@cache
+def _call(name: str) -> Any:
+    """`_evaluate` as profilers show it: `jit(shifted)`."""
+
+    def evaluate(*args: Any) -> jax.Array:
+        return _evaluate(*args)
+
+    evaluate.__name__ = evaluate.__qualname__ = name.replace("/", "_")
+    return jax.jit(evaluate, static_argnums=(0, 1, 2, 3))
