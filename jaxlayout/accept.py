@@ -22,7 +22,7 @@ TRIAL_SECONDS = 20.0
 SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs: that is no noise."""
 HOPELESS = 5.0
-"""The rewritten function is not run a second time when its first run takes this many times the original's."""
+"""The rewritten function is not run a second time when its first run takes this many times the original's, and long."""
 TIE_DRAWS = 3
 MAX_TOLERANCE = 0.1
 """Where c*eps*sqrt(K) of a whole half-precision network exceeds this share of the rms, it would allow anything: what
@@ -106,7 +106,7 @@ def accept(
     temps["difference"] = difference
     if not timed:
         return Verdict(kept=True, cause="untried", reason="timing was not asked for", **temps)
-    if second > HOPELESS * first and second > HOPELESS * _timed(before, args)[1]:
+    if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * _timed(before, args)[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
     return _race(before, after, args, least, (first, second), temps)

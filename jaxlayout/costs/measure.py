@@ -440,7 +440,7 @@ def program_hash(compiled: Any) -> str:
     """A hash of a compiled program without what does not matter: source lines, scope names, its own name."""
     text = compiled.as_text() or ""
     text = re.sub(r", metadata=\{[^{}]*\}", "", text)
-    text = re.sub(r"^HloModule [^,\s]+", "", text)
+    text = re.sub(r"(?m)^(HloModule|ENTRY) [^,\s]+", "", text)
     text = re.sub(r"(?ms)^FileNames$.*?(?=^(?:ENTRY|%))", "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
 
