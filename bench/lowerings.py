@@ -29,7 +29,7 @@ from jax import lax
 
 from bench.networks import errors_from, normal
 from bench.roofline import Peaks, peaks
-from bench.rows import write_rows
+from bench.rows import compared, write_rows
 from bench.timing import paired
 from jaxlayout import AutoLayout, Candidate, Outcome, auto_layout
 from jaxlayout._compat import eval_equations
@@ -212,19 +212,11 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
     seen = paired(plain, tuned, *args, seconds=SECONDS)
     wanted, took = target(name), seen.second_ms / 1e3
     flops = 2 * signature.products
-    return {
-        "case": name,
-        "jit_ms": seen.first_ms,
-        "auto_layout_ms": seen.second_ms,
-        "ratio": seen.ratio,
-        "spread": seen.spread,
-        "pairs": seen.pairs,
+    return compared(name, seen, outcome) | {
         "target": wanted,
         "met": None if wanted is None else seen.ratio >= wanted,
         "chosen": str(chosen(outcome, written)),
         "written": str(written),
-        "kept": outcome.kept,
-        "reason": outcome.verdict.reason,
         "error": error,
         "error_jit": error_jit,
         "gflops_per_s": flops / took / 1e9,
@@ -233,7 +225,6 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
         "bytes_share": signature.nbytes / took / peak.bytes_per_s,
         "bound": peak.seconds(flops, signature.nbytes)[1],
         "peaks": asdict(peak),
-        "tuning_s": outcome.seconds,
     }
 
 

@@ -25,8 +25,8 @@ import numpy as np
 from jax import lax
 
 from bench.models import MODELS
-from bench.rows import write_rows
-from bench.timing import paired
+from bench.rows import compared, write_rows
+from bench.timing import first_call, paired
 from jaxlayout import Candidate, auto_layout
 from jaxlayout.convs.candidates import candidates
 from jaxlayout.costs.environment import current_environment
@@ -154,33 +154,20 @@ def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
     """One row."""
     f, args = CASES[name]()
     plain, tuned = jax.jit(f), auto_layout(f, table=table)
-    start = time.monotonic()
-    found = jax.block_until_ready(tuned(*args))
-    first_call = time.monotonic() - start
+    found, tuned_s = first_call(tuned, *args)
     expected = jax.block_until_ready(plain(*args))
     outcome = tuned.outcome(*args)
     jaxpr = jax.make_jaxpr(f)(*args)
     seen = paired(plain, tuned, *args)
     error, error_jit = errors(f, args, found, expected)
-    verdict = outcome.verdict
-    row: dict[str, Any] = {
-        "case": name,
-        "jit_ms": seen.first_ms,
-        "auto_layout_ms": seen.second_ms,
-        "ratio": seen.ratio,
-        "spread": seen.spread,
-        "kept": outcome.kept,
-        "reason": verdict.reason,
+    row = compared(name, seen, outcome) | {
         "error": error,
         "error_jit": error_jit,
         "transposes_written": count_transposes(jaxpr),
         "transposes_tuned": len(outcome.plan.conversions) if outcome.kept else count_transposes(jaxpr),
-        "memory": verdict.tuned_temp / verdict.original_temp if verdict.original_temp and verdict.tuned_temp else None,
         "optimal": outcome.plan.exact,
         "predicted_ms": outcome.plan.predicted_ns / 1e6,
-        "tuning_s": outcome.seconds,
-        "timed": outcome.measured,
-        "first_call_s": first_call,
+        "first_call_s": tuned_s,
     }
     plan = outcome.plan if outcome.kept else Plan()
     row["compile_s_jit"], row["compile_s"] = compile_seconds(

@@ -7,7 +7,28 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.timing import Paired
+from jaxlayout import Outcome
+
 Row = dict[str, Any]
+
+
+def compared(name: str, seen: Paired, outcome: Outcome) -> Row:
+    """What every row has in which jit is held against auto_layout."""
+    verdict = outcome.verdict
+    return {
+        "case": name,
+        "jit_ms": seen.first_ms,
+        "auto_layout_ms": seen.second_ms,
+        "ratio": seen.ratio,
+        "spread": seen.spread,
+        "pairs": seen.pairs,
+        "kept": outcome.kept,
+        "reason": verdict.reason,
+        "memory": verdict.tuned_temp / verdict.original_temp if verdict.original_temp and verdict.tuned_temp else None,
+        "tuning_s": outcome.seconds,
+        "timed": outcome.measured,
+    }
 
 
 def write_rows(

@@ -64,6 +64,13 @@ def paired(
     )
 
 
+def first_call(f: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    """What a function gives, and the seconds until it is there."""
+    start = time.perf_counter()
+    out = jax.block_until_ready(f(*args))
+    return out, time.perf_counter() - start
+
+
 def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
     """Seconds of each in each round, all warm. Each begins its turn with a call that is not timed, while the threads
     of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""

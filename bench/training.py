@@ -25,7 +25,6 @@ import math
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,8 +40,8 @@ from jax import lax
 
 from bench.models import ALL_MODELS
 from bench.networks import errors, normal
-from bench.rows import write_rows
-from bench.timing import Contender, in_turn, middle, paired
+from bench.rows import compared, write_rows
+from bench.timing import Contender, first_call, in_turn, middle, paired
 from jaxlayout import auto_layout, keep_freed_memory
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -280,13 +279,6 @@ GOALS |= {"mobilenet_v2": 6.0, "efficientnet_b0": 6.0, "convnext_tiny": 2.5, "re
 """How many times faster than jit each is to be. (jax12868: within 1.2 times of the fastest plain form.)"""
 
 
-def first_call(f: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float]:
-    """What a function gives, and seconds."""
-    start = time.perf_counter()
-    out = jax.block_until_ready(f(*args))
-    return out, time.perf_counter() - start
-
-
 def run(name: str, table: str | None, small: bool, budget: float) -> dict[str, Any]:
     """One row."""
     case = CASES[name](small)
@@ -295,25 +287,13 @@ def run(name: str, table: str | None, small: bool, budget: float) -> dict[str, A
     compare = partial(paired, pairs=3) if small else partial(paired, seconds=SECONDS)
     outcome = tune(case.fun).outcome(*args)
     plain, tuned = jax.jit(case.fun), tune(case.fun)
-    found, tuned_s = first_call(tuned, args)
-    expected, plain_s = first_call(plain, args)
+    found, tuned_s = first_call(tuned, *args)
+    expected, plain_s = first_call(plain, *args)
     seen = compare(plain, tuned, *args)
-    verdict = outcome.verdict
-    row: dict[str, Any] = {
-        "case": name,
-        "jit_ms": seen.first_ms,
-        "auto_layout_ms": seen.second_ms,
-        "ratio": seen.ratio,
-        "spread": seen.spread,
-        "pairs": seen.pairs,
+    row = compared(name, seen, outcome) | {
         "goal": GOALS.get(name),
-        "kept": outcome.kept,
-        "reason": verdict.reason,
         "error": None,
         "error_jit": None,
-        "memory": verdict.tuned_temp / verdict.original_temp if verdict.original_temp and verdict.tuned_temp else None,
-        "tuning_s": outcome.seconds,
-        "timed": outcome.measured,
         "compile_s": max(0.0, tuned_s - seen.second_ms / 1e3),
         "compile_jit_s": max(0.0, plain_s - seen.first_ms / 1e3),
         "rivals": {},

@@ -35,6 +35,11 @@ def open_jaxpr(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def rank_of(atom: Any) -> int:
+    """How many axes a variable or literal of a jaxpr has; none where it is no array (a token)."""
+    return len(getattr(atom.aval, "shape", ()))
+
+
 def consts_of(jaxpr: Any) -> Sequence[Any]:
     """The constants that go with `open_jaxpr(jaxpr).constvars`."""
     return getattr(jaxpr, "consts", ())

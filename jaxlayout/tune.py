@@ -33,7 +33,7 @@ from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules.base import RegionRule, rule_for, rule_names
+from jaxlayout.graph.rules.base import Body, bodies_of, rule_names
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
@@ -458,14 +458,12 @@ def contraction(jaxpr: Any) -> float:
     """The products summed along all convolutions and dots of a program, one after the other."""
     total = 0.0
     for eqn in open_jaxpr(jaxpr).eqns:
-        rule = rule_for(eqn.primitive)
         if eqn.primitive in CONVOLUTIONS:
             lhs, rhs = (v.aval for v in eqn.invars)
             total += ConvSignature.of(lhs, rhs, eqn.params).contraction
         elif eqn.primitive.name == "dot_general":
             total += math.prod(eqn.invars[0].aval.shape[a] for a in eqn.params["dimension_numbers"][0][0])
-        elif isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
-            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
         else:
-            total += sum(contraction(sub) for sub in jaxprs_in_params(eqn.params))
+            bodies = bodies_of(eqn) or map(Body, jaxprs_in_params(eqn.params))
+            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
     return total

@@ -19,7 +19,7 @@ from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
-from jaxlayout.graph.rules import Body, Orders, Port, RegionRule, Rule, follow, rule_for
+from jaxlayout.graph.rules import Body, Orders, Port, RegionRule, Rule, bodies_of, follow, rule_for
 from jaxlayout.layout import Order, identity
 from jaxlayout.program import plain
 
@@ -236,7 +236,7 @@ class _Builder:
         rule = rule_for(eqn.primitive)
         if any(not hasattr(atom.aval, "shape") for atom in (*eqn.invars, *eqn.outvars)):  # tokens
             return [self.produced(v.aval, place, "barrier") for v in eqn.outvars]
-        if isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
+        if isinstance(rule, RegionRule) and (bodies := bodies_of(eqn)) is not None:
             return self.call(eqn, rule, bodies, operands, place)
         results = [self.value(v.aval, place) for v in eqn.outvars]
         ranks = [_rank(v) for v in eqn.invars], [_rank(v) for v in eqn.outvars]

@@ -7,13 +7,13 @@ from typing import Any
 
 from jax.extend import source_info_util
 
-from jaxlayout._compat import open_jaxpr
+from jaxlayout._compat import open_jaxpr, rank_of
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules import Orders, RegionRule, Rule, follow, rule_for
+from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, follow, rule_for
 from jaxlayout.layout import identity
 
 
@@ -22,9 +22,7 @@ def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
     for i, eqn in enumerate(open_jaxpr(jaxpr).eqns):
         here = (*path, i)
         yield here, eqn
-        rule = rule_for(eqn.primitive)
-        bodies = rule.bodies(eqn) if isinstance(rule, RegionRule) else None
-        for b, body in enumerate(bodies or ()):
+        for b, body in enumerate(bodies_of(eqn) or ()):
             yield from located(body.jaxpr, (*here, b))
 
 
@@ -46,7 +44,7 @@ def misfit(eqn: Any, path: Path, why: str) -> ValueError:
 
 
 def _objection(eqn: Any, mode: Mode) -> str:
-    ranks = [len(getattr(v.aval, "shape", ())) for v in (*eqn.invars, *eqn.outvars)]
+    ranks = [rank_of(v) for v in (*eqn.invars, *eqn.outvars)]
     if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
         return "has other operands or results than the plan says"
     if all(order == identity(len(order)) for order in (*mode.operands, *mode.results)) and mode.candidate is None:
@@ -59,7 +57,7 @@ def _objection(eqn: Any, mode: Mode) -> str:
         slots = enumerate((*orders.operands, *orders.results))
         possible = any(follow(labelling, slot, order) == orders for slot, order in slots)
         return "" if possible else "cannot have the orders that the plan says"
-    if isinstance(rule, RegionRule) and rule.bodies(eqn) is not None:
+    if isinstance(rule, RegionRule) and bodies_of(eqn) is not None:
         fits = rule.inner_orders(eqn, Orders(mode.operands, mode.results)) is not None
         return "" if fits else "cannot have the orders that the plan says"
     return "has no rule for other orders"

@@ -12,19 +12,21 @@ from typing import Any
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr
+from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr, rank_of
 from jaxlayout.convs.lowering import rereads
 from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules import Orders, RegionRule, Rule, rule_for
+from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE, TRANSCENDENTAL
 from jaxlayout.layout import LayoutTensor, Order, identity
 from jaxlayout.program import equations
 
-_CALLS = frozenset({p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p})
-_FUSED = frozenset({p.pad_p, p.reshape_p, p.rev_p, p.slice_p, p.squeeze_p, p.transpose_p}) | ELEMENTWISE
+_VIEWS = {p.pad_p, p.reshape_p, p.rev_p, p.slice_p, p.squeeze_p, p.transpose_p}
+_CALLS = {p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p}
+_FUSED = ELEMENTWISE | _VIEWS | _CALLS
+"""What XLA may put into one fusion with all its readers; of calls, if all that they run is of the kind."""
 
 
 def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..., list[Any]]:
@@ -91,7 +93,7 @@ class _Interpreter:
         def read(atom: Any) -> Any:
             if not isinstance(atom, Literal):
                 return env[atom]
-            return _held(atom.val, identity(len(getattr(atom.aval, "shape", ()))))
+            return _held(atom.val, identity(rank_of(atom)))
 
         for i, eqn in enumerate(inner.eqns):
             operands = [read(atom) for atom in eqn.invars]
@@ -105,7 +107,7 @@ class _Interpreter:
         orders = _orders(eqn, mode, path)
         arrays = [_in_order(x, order) for x, order in zip(operands, orders.operands, strict=True)]
         rule = rule_for(eqn.primitive)
-        if path in self.inside or (isinstance(rule, RegionRule) and (mode is not None or self.derives(rule, eqn))):
+        if path in self.inside or (isinstance(rule, RegionRule) and (mode is not None or self.derives(eqn))):
             outs = self.call(eqn, rule, arrays, orders, path)
         elif mode is not None and mode.candidate is not None:
             if eqn.primitive not in CONVOLUTIONS:
@@ -133,14 +135,14 @@ class _Interpreter:
         small = self.sealed_bytes is None or lhs.size * lhs.dtype.itemsize <= self.sealed_bytes
         return small and rereads(lowering)
 
-    def derives(self, rule: RegionRule, eqn: Any) -> bool:
+    def derives(self, eqn: Any) -> bool:
         """Whether an equation runs convolutions that others may be derived from."""
-        if self.picker is None or rule.bodies(eqn) is None:
+        if self.picker is None or bodies_of(eqn) is None:
             return False
         return any(inner.primitive in CONVOLUTIONS for sub in jaxprs_in_params(eqn.params) for inner in equations(sub))
 
     def call(self, eqn: Any, rule: Any, arrays: Sequence[Any], orders: Orders, path: Path) -> list[Any]:
-        bodies = rule.bodies(eqn) if isinstance(rule, RegionRule) else None
+        bodies = bodies_of(eqn)
         if bodies is None:
             raise misfit(eqn, path, "cannot be entered")
         inner = rule.inner_orders(eqn, orders)
@@ -166,20 +168,18 @@ class _Interpreter:
 
 def _is_dear(eqn: Any, operands: Sequence[Any]) -> bool:
     """Whether an equation's results cost much to compute, by it or what may be fused with it, at each element."""
-    inner = [one for sub in jaxprs_in_params(eqn.params) for one in equations(sub)]
-    steps = [one for one in (eqn, *inner) if one.primitive not in _CALLS]
+    if eqn.primitive not in _FUSED:
+        return False
+    steps = [eqn, *(one for sub in jaxprs_in_params(eqn.params) for one in equations(sub))]
     if any(one.primitive not in _FUSED for one in steps):
         return False
     return any(getattr(x, "dear", False) for x in operands) or any(one.primitive in TRANSCENDENTAL for one in steps)
 
 
 def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:
-    def rank(atom: Any) -> int:
-        return len(getattr(atom.aval, "shape", ()))
-
     if mode is None:
-        return Orders(tuple(identity(rank(v)) for v in eqn.invars), tuple(identity(rank(v)) for v in eqn.outvars))
-    ranks = [rank(v) for v in (*eqn.invars, *eqn.outvars)]
+        return Orders(tuple(identity(rank_of(v)) for v in eqn.invars), tuple(identity(rank_of(v)) for v in eqn.outvars))
+    ranks = [rank_of(v) for v in (*eqn.invars, *eqn.outvars)]
     if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
         raise misfit(eqn, path, "has other operands or results than the plan says")
     return Orders(mode.operands, mode.results)

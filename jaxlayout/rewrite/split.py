@@ -20,7 +20,7 @@ from jaxlayout._compat import consts_of, eval_equations, open_jaxpr, run_equatio
 from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import chosen_lowering, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature, written_order
-from jaxlayout.graph.rules import RegionRule, rule_for
+from jaxlayout.graph.rules import bodies_of
 from jaxlayout.rewrite.still import is_still, still_values
 
 
@@ -35,8 +35,7 @@ def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, ex
             conv, dims = ConvSignature.of(lhs, rhs, eqn.params), written_order(eqn.params)
             lowered = jax.make_jaxpr(partial(evaluate, chosen_lowering(eqn.params), conv, dims))(*operands)
             return eval_equations(lowered, operands, bind)
-        rule = rule_for(eqn.primitive)
-        if eqn.primitive is p.jit_p and isinstance(rule, RegionRule) and (bodies := rule.bodies(eqn)) is not None:
+        if eqn.primitive is p.jit_p and (bodies := bodies_of(eqn)) is not None:
             return eval_equations(bodies[0].jaxpr, operands, bind)
         return None
 

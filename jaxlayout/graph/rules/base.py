@@ -164,6 +164,12 @@ def rule_for(primitive: Primitive) -> Rule | RegionRule | None:
     return _table.get(primitive, _table.get(primitive.name))
 
 
+def bodies_of(eqn: Any) -> tuple[Body, ...] | None:
+    """The bodies of an equation that orders enter; None for any other."""
+    rule = rule_for(eqn.primitive)
+    return rule.bodies(eqn) if isinstance(rule, RegionRule) else None
+
+
 def rule_names() -> tuple[str, ...]:
     """The primitives with a rule, for fingerprints."""
     return tuple(sorted(str(primitive) for primitive in _table))

@@ -8,23 +8,19 @@ from typing import Any
 from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import open_jaxpr
+from jaxlayout._compat import open_jaxpr, rank_of
 from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, register_rule
 
 WHILE_TRIPS = 10.0
 """How often a loop is believed to run that does not say."""
 
 
-def _rank(atom: Any) -> int:
-    return len(getattr(atom.aval, "shape", ()))
-
-
 def _scan_parts(eqn: Any) -> tuple[int, int]:
     """How many of a scan's operands are constants, and how many are carried round; the others have an axis more than
     in the body. (The parameters that tell this differ between versions of JAX.)"""
     inner = open_jaxpr(eqn.params["jaxpr"])
-    carried = sum(_rank(a) == _rank(b) for a, b in zip(eqn.outvars, inner.outvars, strict=True))
-    unstacked = sum(_rank(a) == _rank(b) for a, b in zip(eqn.invars, inner.invars, strict=True))
+    carried = sum(rank_of(a) == rank_of(b) for a, b in zip(eqn.outvars, inner.outvars, strict=True))
+    unstacked = sum(rank_of(a) == rank_of(b) for a, b in zip(eqn.invars, inner.invars, strict=True))
     return unstacked - carried, carried
 
 
