@@ -98,7 +98,7 @@ class Conv:
         return (dgrad, (ct, w)) if which == "dgrad" else (wgrad, (ct, x))
 
 
-KERNELS = {"NHWC": "HWIO", "NCHW": "OIHW", "NWC": "WIO", "NCW": "OIW", "NDHWC": "DHWIO"}
+KERNELS = {"NHWC": "HWIO", "NCHW": "OIHW", "NWC": "WIO", "NCW": "OIW", "NDHWC": "DHWIO", "NCDHW": "OIDHW"}
 """The kernel that goes with the order of lhs and out."""
 
 CONVS: dict[str, Conv] = {
