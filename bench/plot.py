@@ -64,9 +64,14 @@ def words(row: Row) -> str:
     if "ms" in row:  # against PyTorch
         other = row["faster_torch"]
         return f"{row['ratio']:.2f}x   {row['ms'][other]:.0f} ms ({other}) against {row['ms']['auto_layout']:.0f} ms"
-    times = " → ".join(f"{row[key]:.3g}" for key in ("jit_ms", "auto_layout_ms"))
-    said = "same program" if row.get("same") else "unchanged" if unchanged(row) else f"{row['ratio']:.3g}x"
+    times = " → ".join(short(row[key]) for key in ("jit_ms", "auto_layout_ms"))
+    said = "same program" if row.get("same") else "unchanged" if unchanged(row) else f"{short(row['ratio'])}x"
     return f"{said}   {times} ms"
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def points(axes: Axes, rows: list[Row]) -> None:
@@ -91,12 +96,15 @@ def picture(name: str, rows: list[Row]) -> Figure:
     axes.set_yticks(range(len(rows)), [row["case"] for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(1, color="black", linewidth=1)
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, 0.8), max(high * (1 if forms else high**0.5), 2.0))
+    low = min(low, 0.9)
+    high *= (high / low) ** (0.05 if forms else 0.45)  # room for the words
+    axes.set_xlim(low, high)
+    steps = (1,) if high > 1000 * low else (1, 2, 5) if high > 4 * low else (1, 1.2, 1.5, 2, 3, 5, 6, 7, 8, 9)
+    axes.xaxis.set_major_locator(LogLocator(subs=steps))
     against = "the faster PyTorch" if "faster_torch" in rows[0] else "jax.jit"
     axes.set_xlabel(f"times as fast as {against}")
     axes.set_title(name)
@@ -112,7 +120,7 @@ def draw(file: Path, out: Path) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     made = out / f"{file.stem}.png"
     # No date and no version in the file: the same results make the same picture.
-    picture(file.stem, rows).savefig(made, dpi=110, metadata={"Software": None})
+    picture(file.stem, rows).savefig(made, dpi=90, metadata={"Software": None})
     return made
 
 
