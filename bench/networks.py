@@ -13,6 +13,7 @@ Both without compiler options.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -101,12 +102,16 @@ CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
 }
 
 
+def cost_model(table: str | None) -> CostModel:
+    """What `auto_layout` has measured into a table, without compiler options."""
+    device = jax.devices()[0]
+    environment = current_environment(device, {"compiler_options": json.dumps("")})
+    return CostModel(open_table(table), environment.fingerprint, LayoutPolicy.for_platform(device.platform))
+
+
 def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:
     """The best plan whose candidates, beside the written one, all pass `keep(candidate, written)`."""
-    device = jax.devices()[0]
-    model = CostModel(
-        open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_platform(device.platform)
-    )
+    device, model = jax.devices()[0], cost_model(table)
     graph = build_graph(jaxpr, lambda conv, w: [c for c in candidates(conv, w) if c == w or keep(c, w)])
     while True:
         plan = solve(graph, model.node_ns, model.conversion_ns)

@@ -25,6 +25,11 @@ def believed(monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
 
 
+def told(folder: Path) -> list[str]:
+    """Where to write, and a table that is not the user's."""
+    return ["--table", str(folder / "table.sqlite"), "--out", str(folder)]
+
+
 def written(out: Path, stem: str) -> list[dict[str, Any]]:
     """The rows of the table that a bench has written, each of which is in the Markdown too."""
     (file,) = out.glob(f"{stem}*-small.json")
@@ -136,7 +141,7 @@ def test_forced_orders_of_a_kernel_gradient_are_those_that_autodiff_writes():
 
 def test_scenarios(tmp_path):
     names = ["native", "other_loop", "mixed_loop", "jax31662_transposed3d_grad", "nearest_upsampling"]
-    assert scenarios.main([*names, "--small", "--out", str(tmp_path)]) == 0
+    assert scenarios.main([*names, "--small", *told(tmp_path)]) == 0
     rows = written(tmp_path, "scenarios")
     assert [row["case"] for row in rows] == names
     assert len(columns(tmp_path, "scenarios")) == 1
@@ -150,7 +155,7 @@ def test_forms(tmp_path, costs, monkeypatch):
     monkeypatch.setattr(networks, "measure", tune.measure)  # made up, by `costs`
     case = scenarios.scenario(scenarios.five, "NCHW", True, True)
     monkeypatch.setitem(forms.CASES, "some", lambda small: case.written)
-    assert forms.main(["some", "--small", "--out", str(tmp_path)]) == 0
+    assert forms.main(["some", "--small", *told(tmp_path)]) == 0
     (row,) = written(tmp_path, "forms")
     assert len(columns(tmp_path, "forms")) == 1
     assert "channels_last" in row["forms"] and "channels_first" not in row["forms"]  # it is written so
@@ -159,7 +164,7 @@ def test_forms(tmp_path, costs, monkeypatch):
 
 def test_gpu_on_a_cpu(tmp_path):
     names = ["dense3x3", "nchw_scan"]
-    assert gpu.main([*names, "--platform", "cpu", "--small", "--out", str(tmp_path)]) == 0
+    assert gpu.main([*names, "--platform", "cpu", "--small", *told(tmp_path)]) == 0
     rows = written(tmp_path, "gpu-cpu")
     assert [row["case"] for row in rows] == names
     dense, loop = rows
