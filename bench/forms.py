@@ -7,8 +7,8 @@ Writes forms-jax<version>.json and .md into --out; where cases are named, the ot
 - `jit`: as written, under `jax.jit`.
 - `auto_entry`: the same, arguments and results in the layouts that XLA would like (`Format(Layout.AUTO)`); the
   arguments are there in these before the time is taken.
-- `channels_last`, `channels_first`: every convolution through XLA's own, in the order of a program that is written in
-  NHWC, or in NCHW, throughout, its gradients as autodiff writes them there; as few conversions as that takes.
+- `channels_last`, `channels_first`: every convolution through XLA's own, in NHWC, or in NCHW (kernel gradients of a
+  program in NHWC stay as they are), whatever that costs, and as few conversions as that takes.
 - `layouts`: the best plan with XLA's own convolutions only, in any order.
 - `lowerings`: the best plan with any lowering, the orders as written.
 - `auto_layout`: all of it, compiler options too, as it runs.
@@ -38,7 +38,7 @@ from bench.networks import errors_from, restricted_plan
 from bench.rows import Row, write_rows
 from bench.scenarios import Program
 from bench.timing import Contender, in_turn, middle
-from jaxlayout import Candidate, ConvDimensionNumbers, ConvLayout, ConvSignature, KernelLayout, Plan, auto_layout
+from jaxlayout import Candidate, ConvDimensionNumbers, ConvSignature, Plan, auto_layout
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy, Order
@@ -71,44 +71,31 @@ CASES: dict[str, Callable[[bool], Program]] = (
 )
 
 
-def in_order(conv: ConvSignature, dims: ConvDimensionNumbers, last: bool) -> ConvDimensionNumbers:
-    """Those that the same convolution would have in a program written channels last, or first, throughout. A kernel
-    gradient's rhs is images, and its out a kernel."""
-
-    def images(axes: str, spatial: str) -> str:
-        outer, inner = (axis for axis in axes if axis not in spatial)
-        return f"{outer}{spatial}{inner}" if last else f"{outer}{inner}{spatial}"
-
-    def kernel(axes: str, spatial: str) -> str:
-        """The spatial axes go to the other end, and its two others swap: OIHW is HWIO, and IOHW HWOI."""
-        two = "".join(axis for axis in axes if axis not in spatial)
-        return axes if axes.startswith(spatial) == last else spatial + two[::-1] if last else two[::-1] + spatial
-
-    rhs, out = (images, kernel) if conv.is_kernel_gradient else (kernel, images)
-    return ConvDimensionNumbers(
-        ConvLayout(images(dims.lhs.axes, dims.lhs.spatial)),
-        KernelLayout(rhs(dims.rhs.axes, dims.rhs.spatial)),
-        ConvLayout(out(dims.out.axes, dims.out.spatial)),
-    )
+def forced(conv: ConvSignature, written: Candidate, last: bool) -> Candidate:
+    """XLA's own convolution in channels last, or first; as written where that is its order already, and where no
+    such order of a kernel gradient is known."""
+    form = ConvDimensionNumbers.channels_last if last else ConvDimensionNumbers.channels_first
+    if conv.is_kernel_gradient:
+        form = ConvDimensionNumbers.kernel_gradient if last else lambda _: written.dims
+    dims = form(conv.rank)
+    same = (dims.lhs, dims.out) == (written.dims.lhs, written.dims.out)
+    return written if same else Candidate("xla", dims)
 
 
 def forced_plan(jaxpr: Any, last: bool) -> Plan:
-    """Every convolution as `in_order` has it, whatever that costs, and the least conversions otherwise."""
+    """Every convolution as `forced` has it, whatever that costs, and the least conversions otherwise."""
     policy = LayoutPolicy.for_platform(jax.devices()[0].platform)
-
-    def wanted(conv: ConvSignature, written: Candidate) -> Candidate:
-        return Candidate("xla", in_order(conv, written.dims, last))
 
     def site_ns(node: Node, mode: Mode) -> float:
         written = node.modes[0].candidate
         if node.conv is None or written is None:
             return 0.0
-        return 0.0 if mode.candidate == wanted(node.conv, written) else 1e15
+        return 0.0 if mode.candidate == forced(node.conv, written, last) else 1e15
 
     def conversion_ns(shape: Any, dtype: Any, held: Order, turned: Order) -> float:
         return policy.conversion_ns(math.prod(shape) * dtype.itemsize)
 
-    graph = build_graph(jaxpr, lambda conv, written: list(dict.fromkeys((written, wanted(conv, written)))))
+    graph = build_graph(jaxpr, lambda conv, written: list(dict.fromkeys((written, forced(conv, written, last)))))
     plan = solve(graph, site_ns, conversion_ns)
     if plan.predicted_ns >= 1e15:
         raise ValueError("an order that was to be forced does not reach its convolution")

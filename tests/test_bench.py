@@ -13,8 +13,9 @@ import pytest
 
 from bench import forms, gpu, networks, plot, scenarios
 from bench.models import video
-from jaxlayout import ConvDimensionNumbers, ConvSignature, tune
+from jaxlayout import tune
 from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.graph.fit import check_fit
 from jaxlayout.program import equations
 
 
@@ -99,44 +100,26 @@ def test_no_frame_of_the_decoder_is_made_of_a_later_one():
     assert np.abs(out - other)[:, :, 2].max() > 0
 
 
-@pytest.mark.parametrize(
-    ("first", "last"),
-    [
-        ("NCHW,OIHW->NCHW", "NHWC,HWIO->NHWC"),
-        ("NCHW,IOHW->NCHW", "NHWC,HWOI->NHWC"),  # an input gradient
-        ("NCDHW,OIDHW->NCDHW", "NDHWC,DHWIO->NDHWC"),
-    ],
-)
-def test_forced_orders(first, last):
-    dims = [ConvDimensionNumbers.parse(text) for text in (first, last)]
-    rank = len(dims[0].lhs.axes) - 2
-    shape, kernel = (2, 4, *(8,) * rank), (4, 4, *(3,) * rank)
-    jaxpr = jax.make_jaxpr(lambda x, w: jax.lax.conv(x, w, (1,) * rank, "SAME"))(jnp.ones(shape), jnp.ones(kernel))
-    (eqn,) = equations(jaxpr)
-    conv = ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params)
-    for held in dims:
-        for wanted, is_last in zip(dims, (False, True), strict=True):
-            assert str(forms.in_order(conv, held, is_last)) == str(wanted)
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("order", ["NHWC", "NCHW"])
+def test_forced_orders(order, last):
+    """Of two convolutions and their gradients, all are in the order, but kernel gradients in NCHW."""
 
+    def loss(weights: Any, x: Any) -> Any:
+        for w in weights:
+            x = jax.nn.relu(scenarios.conv(x, w, order))
+        return jnp.square(x).sum()
 
-def test_forced_orders_of_a_kernel_gradient_are_those_that_autodiff_writes():
-    def convolutions(order: str) -> dict[ConvSignature, ConvDimensionNumbers]:
-        sizes = {"N": 2, "H": 8, "W": 8, "C": 4}
-        x, w = jnp.ones([sizes[axis] for axis in order]), scenarios.kernel(order, 4)
-        jaxpr = jax.make_jaxpr(jax.grad(lambda w, x: scenarios.conv(x, w, order).sum(), (0, 1)))(w, x)
-        found = [eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS]
-        return {
-            ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params): ConvDimensionNumbers.from_lax(
-                eqn.params["dimension_numbers"]
-            )
-            for eqn in found
-        }
-
-    first, last = convolutions("NCHW"), convolutions("NHWC")
-    assert first.keys() == last.keys() and any(conv.is_kernel_gradient for conv in first)
-    for conv in first:
-        for held in (first[conv], last[conv]):
-            assert (forms.in_order(conv, held, False), forms.in_order(conv, held, True)) == (first[conv], last[conv])
+    sizes = {"N": 2, "H": 8, "W": 8, "C": 4}
+    x, weights = jnp.ones([sizes[axis] for axis in order]), [scenarios.kernel(order, 4)] * 2
+    plan = forms.forced_plan(jaxpr := jax.make_jaxpr(jax.grad(loss))(weights, x), last)
+    assert plan.trivial == (last == (order == "NHWC"))
+    check_fit(jaxpr, plan)
+    if not plan.trivial:
+        found = sorted(str(mode.candidate) for mode in plan.choices.values() if mode.candidate is not None)
+        gradient = "xla:CHWN,IHWO->HWNC"  # as it is written, or forced
+        plain = "xla:NHWC,HWIO->NHWC" if last else "xla:NCHW,OIHW->NCHW"
+        assert found == sorted([plain] * 3 + [gradient] * 2)
 
 
 def test_scenarios(tmp_path):
