@@ -5,7 +5,7 @@
 
 Writes NAME.png into --out for each NAME.json, by default all of bench/results. One bar for each case: how many times
 faster auto_layout is than what it is held against, on a logarithmic axis, with half the interquartile range, and a mark
-where the goal is. Of `bench.forms`: a point for each form.
+where the goal is; dotted, what it would be without the limit on memory. Of `bench.forms`: a point for each form.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def bars(axes: Axes, rows: list[Row]) -> None:
     colours = [AS_IT_WAS if unchanged(row) else FASTER if row["ratio"] >= 1 else SLOWER for row in rows]
     # From 1: what is faster goes to the right, what is slower to the left.
     axes.barh(range(len(rows)), [r - 1 for r in ratios], left=1, color=colours, height=0.7)
+    lifted = {i: row["lifted"]["ratio"] for i, row in enumerate(rows) if "lifted" in row}
+    if lifted:
+        widths = [ratio - 1 for ratio in lifted.values()]
+        shape: dict[str, Any] = {"height": 0.7, "color": "none", "edgecolor": FASTER, "linestyle": ":"}
+        axes.barh(list(lifted), widths, left=1, label="without memory limit", **shape)
     spreads = [row["spread"] for row in rows]
     axes.errorbar(ratios, range(len(rows)), xerr=spreads, fmt="none", ecolor="#333333", elinewidth=1)
     goals = [(row.get("goal") or row.get("target"), i) for i, row in enumerate(rows)]
@@ -48,9 +53,10 @@ def bars(axes: Axes, rows: list[Row]) -> None:
     if goals:
         x, y = zip(*goals, strict=True)
         axes.plot(x, y, "|", color="black", markersize=15, markeredgewidth=2.2, label="goal")
+    if goals or lifted:
         axes.legend(loc="lower right", frameon=False)
     for i, row in enumerate(rows):
-        right = max(1.0, row["ratio"] + row["spread"], *(goal for goal, at in goals if at == i))
+        right = max(1.0, row["ratio"] + row["spread"], lifted.get(i, 1.0), *(goal for goal, at in goals if at == i))
         axes.annotate(words(row), (right, i), (6, 0), textcoords="offset points", va="center", fontsize=8)
 
 
