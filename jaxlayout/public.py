@@ -1,6 +1,6 @@
 """What `import jaxlayout` offers, from where it is."""
 
-from jaxlayout.api import AutoLayout, auto_layout
+from jaxlayout.api import AutoLayout, auto_layout, tune
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import Composite, Lowering, register_lowering
 from jaxlayout.convs.signature import ConvSignature
@@ -9,11 +9,11 @@ from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
+from jaxlayout.line import TableMiss
 from jaxlayout.memory import keep_freed_memory
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
-from jaxlayout.tune import TableMiss
 
 __all__ = [
     "AutoLayout",
@@ -41,4 +41,5 @@ __all__ = [
     "keep_freed_memory",
     "register_lowering",
     "register_rule",
+    "tune",
 ]
