@@ -30,6 +30,7 @@ from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import Compiled, CompilerOptions, Job, available_memory, compile_in, measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.table import CostTable
+from jaxlayout.forced import force
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
@@ -115,8 +116,11 @@ def tune(
     if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
     it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones. Raises
     TableMiss if asked to, ValueError for a pinned plan that does not fit; whatever else goes wrong leaves the program
-    as it is, with the reason.
+    as it is, with the reason. Under the policy 'channels_last' nothing is measured, judged, or asked of the table;
+    'off' wins over a pinned plan.
     """
+    if options.policy == "off":
+        return untouched("it is switched off: policy 'off'")
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
     if pinned is not None:
@@ -127,6 +131,8 @@ def tune(
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
+        if options.policy == "channels_last":
+            return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
         told = compiler_options, choose_options
         line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, progress, stop))
         if (stored := line.stored()) is not None:
@@ -147,7 +153,10 @@ def tune(
 
 def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
     """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
-    by measuring, not judged; the empty one where that cannot be known. Raises TableMiss if asked to."""
+    by measuring, not judged, or as the policy has it; the empty one where that cannot be known. Raises TableMiss if
+    asked to."""
+    if options.policy == "channels_last":
+        return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
     line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
@@ -195,7 +204,7 @@ class _Line:
         self.model = CostModel(
             self.table,
             self.environment if self.options.numerics == "strict" else self.environment + "-relaxed",
-            LayoutPolicy.for_platform(self.device.platform),
+            LayoutPolicy.for_device(self.device),
             self.context,
         )
 
@@ -248,8 +257,7 @@ class _Line:
             ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
             return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
-        still = still_values(self.jaxpr, self.frozen) if any(self.frozen) else ()
-        return build_graph(self.jaxpr, enumerate_candidates, self.context, still)
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
 
     def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
@@ -452,6 +460,11 @@ class _Line:
         if hungry:
             self.model.forbidden.add(max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3)))
         return bool(hungry)
+
+
+def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
+    """The variables that are computed once, where some arguments are frozen."""
+    return still_values(jaxpr, frozen) if any(frozen) else ()
 
 
 def contraction(jaxpr: Any) -> float:
