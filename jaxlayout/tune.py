@@ -255,7 +255,9 @@ class _Line:
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
-            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
+            believed = Candidate("xla", self.model.policy.preferred(conv.rank, conv.lhs_dtype))
+            every = dict.fromkeys((*ways, believed))
+            return [way for way in every if way == written or self.worth(conv, way, wanted)]
 
         return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,16 @@ def test_the_preferred_layouts_are_believed_to_be_faster():
     for dtype, better, worse in ((jnp.float32, first, last), (jnp.bfloat16, last, first)):
         times = [policy.conv_ns("dense", "xla", dims, 10**9, 10**6, dtype) for dims in (better, worse)]
         assert times[0] < times[1]
+
+
+def test_what_a_device_prefers_is_a_candidate(monkeypatch):
+    """Although no lowering offers OHWI."""
+    hopper = replace(LayoutPolicy.for_device(device("gpu", "NVIDIA H200", "9.0")), other_order=100.0)
+    monkeypatch.setattr(LayoutPolicy, "for_device", lambda device=None: hopper)
+    f = auto_layout(conv, on_miss="heuristic", verdict=False, memory_limit=1000.0)
+    close(f(X, KERNELS[0]), conv(X, KERNELS[0]))
+    assert f.outcome(X, KERNELS[0]).source == "heuristic"
+    assert ways(f.trace(X, KERNELS[0]).jaxpr) == [f"xla:{CUDNN}"]
 
 
 def test_policies_of_one_s_own():

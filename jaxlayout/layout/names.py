@@ -67,6 +67,10 @@ class _Layout:
         names = cls._names(len(spec))
         return cls("".join(name for _, name in sorted(zip(spec, names, strict=True))))
 
+    @classmethod
+    def _read(cls, given: str | Sequence[int]) -> Self:
+        return cls(given) if isinstance(given, str) else cls.from_spec(given)
+
     @property
     def order(self) -> Order:
         """The order of an array laid out so, whose logical axes are counted as `jax.lax` does: the two feature axes,
@@ -196,9 +200,8 @@ class ConvDimensionNumbers:
         text ('NHWC', 'HWIO', 'NHWC') or as numbers."""
         if isinstance(numbers, str) or len(numbers) != 3:
             raise ValueError(f"{numbers!r}: expected the layouts of lhs, rhs and out, such as ('NHWC', 'HWIO', 'NHWC')")
-        kinds = ConvLayout, KernelLayout, ConvLayout
-        pairs = zip(kinds, numbers, strict=True)
-        return cls(*(kind(part) if isinstance(part, str) else kind.from_spec(part) for kind, part in pairs))
+        lhs, rhs, out = numbers
+        return cls(ConvLayout._read(lhs), KernelLayout._read(rhs), ConvLayout._read(out))
 
     def to_lax(self) -> lax.ConvDimensionNumbers:
         """As `jax.lax` wants it."""
