@@ -201,6 +201,14 @@ def test_what_is_channels_last_stays(unmeasured):
     assert str(f.trace(x, k).jaxpr) == str(jax.jit(nhwc).trace(x, k).jaxpr)
 
 
+def test_small_images_are_not_taken_for_kernel_gradients(unmeasured):
+    """A convolution with fewer positions than taps is like one in its signature."""
+    small = X[:, :, :2, :2]
+    f = auto_layout(net, policy="channels_last")
+    assert ways(f.trace(small, *KERNELS).jaxpr) == [f"xla:{LAST}"] * 3
+    close(f(small, *KERNELS), net(small, *KERNELS))
+
+
 def test_without_convolutions_there_is_nothing_to_force(unmeasured):
     f = auto_layout(lambda x: x + 1, policy="channels_last")
     assert f.outcome(X).verdict.reason == "it has no convolution"
@@ -232,6 +240,10 @@ def test_a_conversion_comes_before_padding_and_widening(unmeasured):
 
     entering, leaving = conversions_of(padded, X, KERNELS[0])
     assert entering.shape == X.shape and leaving.shape == (2, 4, 7, 6)
+    eqns = auto_layout(padded, policy="channels_last").trace(X, KERNELS[0]).jaxpr.eqns
+    makers = {var: eqn.primitive.name for eqn in eqns for var in eqn.outvars}
+    moved = [eqn.invars[0] for eqn in eqns if eqn.primitive.name == "transpose"]
+    assert [makers[var] for var in moved if var.aval.shape == X.shape] == ["sin"]
 
     def widened(x, k):
         return conv(jnp.sin(x).astype(jnp.float32), k)
