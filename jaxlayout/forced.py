@@ -49,7 +49,7 @@ def force(jaxpr: Any, policy: LayoutPolicy, context: Context, still: Collection[
 
 
 def channels_last(conv: ConvSignature, policy: LayoutPolicy) -> tuple[ConvDimensionNumbers, ...]:
-    """A convolution's layouts where the arrays around it are channels last: also those that autodiff writes for a kernel
+    """A convolution's layouts where the arrays around it are channels last: also what autodiff writes for a kernel
     gradient, but for one outside the entry computation, where XLA:CPU does well with the canonical ones alone."""
     if conv.is_kernel_gradient and conv.context == "entry":
         return policy.last(conv.rank), ConvDimensionNumbers.kernel_gradient(conv.rank)
