@@ -291,6 +291,7 @@ def test_whole_training_steps_and_loops(unmeasured):
     found = ways(f.trace(KERNELS[0], xs).jaxpr)
     assert len(found) >= 5 and set(found) == {f"xla:{LAST}"}
     close(f(KERNELS[0], xs), train(KERNELS[0], xs))
+    assert auto_layout(train, policy="channels_last")(KERNELS[0], xs[:0])[1].shape == (0,)
     f = auto_layout(step, policy="channels_last")  # in the entry computation a kernel gradient stays as autodiff has it
     assert set(ways(f.trace(KERNELS[0], X).jaxpr)) == {f"xla:{LAST}", f"xla:{ConvDimensionNumbers.kernel_gradient(2)}"}
     close(f(KERNELS[0], X), step(KERNELS[0], X))
