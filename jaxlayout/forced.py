@@ -73,7 +73,8 @@ def _plan(graph: LayoutGraph, policy: LayoutPolicy) -> Plan:
     def site_ns(node: Node, mode: Mode) -> float:
         if node.conv is None or mode.candidate is None or len(node.modes) == 1:
             return 0.0
-        return 0.0 if mode.candidate.dims in channels_last(node.conv, policy) else far / (node.times or 1.0)  # none: never run
+        last = mode.candidate.dims in channels_last(node.conv, policy)
+        return 0.0 if last else far / (node.times or 1.0)  # what never runs has no times
 
     def conversion_ns(shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
         return policy.conversion_ns(math.prod(shape) * getattr(dtype, "itemsize", 8))
