@@ -36,8 +36,8 @@ from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
+from jaxlayout.line import open_table
 from jaxlayout.program import count_transposes
-from jaxlayout.tune import open_table
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 """Builds a function and its arguments."""

@@ -4,7 +4,7 @@
 def predict(params, images): ...
 """
 
-from jaxlayout.api import AutoLayout, auto_layout
+from jaxlayout.api import AutoLayout, auto_layout, tune
 from jaxlayout.convs import lowerings as _lowerings  # noqa: F401  registers what comes with the package
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.functional import (
@@ -28,11 +28,11 @@ from jaxlayout.layout import (
     LayoutTensor,
     LazyLayoutTensor,
 )
+from jaxlayout.line import TableMiss
 from jaxlayout.memory import keep_freed_memory
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
-from jaxlayout.tune import TableMiss
 
 __all__ = [
     "AutoLayout",
@@ -66,5 +66,6 @@ __all__ = [
     "register_lowering",
     "register_rule",
     "select_layout_for_sequence",
+    "tune",
 ]
 __version__ = "0.1.0"

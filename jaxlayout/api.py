@@ -11,6 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -23,13 +24,13 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
+from jaxlayout.line import decide
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import apart, device_of, is_real
-from jaxlayout.tune import tune
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
@@ -180,15 +181,17 @@ class AutoLayout:
         """What was chosen for these arguments and why; print it."""
         return explain(*self._looked_at(args, kwargs))
 
-    def _looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Outcome]:
+    def _looked_at(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
+    ) -> tuple[Any, Outcome]:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
         seen: list[tuple[Any, Outcome]] = []
-        self._call.arguments = args, kwargs
+        self._call.arguments, self._call.executor = (args, kwargs), executor
         try:
             with jax.disable_jit(False):
                 jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
         finally:
-            self._call.arguments = None
+            self._call.arguments = self._call.executor = None
         return seen[0]
 
     def _body(
@@ -251,11 +254,12 @@ class AutoLayout:
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
         name = getattr(self._fun, "__name__", "function")
+        executor = getattr(self._call, "executor", None)
 
         def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
             with progress_bar(name) as progress:
-                return tune(
+                return decide(
                     jaxpr,
                     arrays,
                     self.options,
@@ -265,6 +269,7 @@ class AutoLayout:
                     pinned=self.pinned,
                     frozen=frozen,
                     written=written,
+                    executor=executor,
                     progress=progress,
                     stop=stop,
                 )
@@ -273,6 +278,21 @@ class AutoLayout:
         # too: the next call goes on from that.
         with self._tuning:
             return apart(work, device_of(args or ()))
+
+
+def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:
+    """Tune a function for some arguments, arrays or `jax.ShapeDtypeStruct`, ahead of its first call.
+
+    Args:
+      fun: a function, or one under `auto_layout`, which keeps its options.
+      executor: any `concurrent.futures.Executor` whose workers can import jaxlayout: a process pool, Dask's
+        `client.get_executor()`. Convolutions and conversions are measured there, one job each; those of workers whose
+        environment differs from this one are refused, and what is lost twice is measured here. Whole functions are
+        compared here.
+      args, kwargs: those of the function.
+    """
+    tuned = fun if isinstance(fun, AutoLayout) else auto_layout(fun)
+    return tuned._looked_at(args, kwargs, executor)[1]
 
 
 class _CompileWith(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout import LayoutPolicy, Options, Plan, auto_layout, tune
+from jaxlayout import LayoutPolicy, Options, Plan, auto_layout, line
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv, tuned_conv_p
 from jaxlayout.convs.signature import written_order
 from jaxlayout.forced import OTHERS
@@ -128,7 +128,7 @@ def unmeasured(monkeypatch):
         raise AssertionError("touched")
 
     for name in ("measure", "accept", "open_table", "timing_lock"):
-        monkeypatch.setattr(tune, name, refuse)
+        monkeypatch.setattr(line, name, refuse)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()
 
