@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -489,7 +490,6 @@ POLICIES = st.builds(
     bytes_per_ns=st.floats(0.001, 1),
     other_order=st.floats(1, 5),
 )
-CI = settings(deadline=None, derandomize=True, print_blob=True, max_examples=60)
 
 
 def believed_ns(
@@ -503,7 +503,7 @@ def believed_ns(
     return total + sum(_alone(op, dims, policy, written) for op, dims in zip(ops, chosen, strict=True))
 
 
-@CI
+@examples(60)
 @given(chains(), POLICIES)
 def test_a_chain_is_a_special_case_of_the_graph(drawn, policy):
     ops, written, jaxpr = drawn
