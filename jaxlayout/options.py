@@ -12,6 +12,9 @@ from typing import Any, Literal, Self
 class Options:
     """How a function is tuned. The variable JAXLAYOUT_<NAME> sets a default, a keyword of `auto_layout` wins."""
 
+    policy: Literal["auto", "channels_last", "off"] = "auto"
+    """auto: what is measured to be fastest, never slower than the original. channels_last: every convolution channels
+    last through XLA, unmeasured and unjudged, so maybe slower. off: as `jax.jit`, nothing is tuned."""
     on_miss: Literal["measure", "heuristic", "error"] = "measure"
     """What to do where the table does not know a convolution: time it, believe the policy, or raise TableMiss."""
     time_budget: float = 300.0
