@@ -7,7 +7,7 @@ VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead plot
 
-.PHONY: demo test lint typecheck bench clean
+.PHONY: demo test fuzz lint typecheck bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -18,6 +18,10 @@ bench: $(VENV)/installed-bench  ## every figure of the README but PyTorch's, and
 
 test: lint typecheck  ## the whole check
 	$(RUN) pytest -n 2 $(ARGS)
+
+FUZZ ?= 10
+fuzz: $(VENV)/installed-test  ## the drawn programs of the tests, FUZZ times as many as usual and others each time
+	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(RUN) ruff check

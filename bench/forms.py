@@ -7,8 +7,8 @@ Writes forms-jax<version>.json and .md into --out; where cases are named, the ot
 - `jit`: as written, under `jax.jit`.
 - `auto_entry`: the same, arguments and results in the layouts that XLA would like (`Format(Layout.AUTO)`); the
   arguments are there in these before the time is taken.
-- `channels_last`, `channels_first`: every convolution through XLA's own, in NHWC, or in NCHW (kernel gradients of a
-  program in NHWC stay as they are), whatever that costs, and as few conversions as that takes.
+- `channels_last`: the policy of that name, every convolution through XLA's own in NHWC, unmeasured.
+- `channels_first`: the same in NCHW, but for kernel gradients, which stay as they are.
 - `layouts`: the best plan with XLA's own convolutions only, in any order.
 - `lowerings`: the best plan with any lowering, the orders as written.
 - `auto_layout`: all of it, compiler options too, as it runs.
@@ -38,7 +38,7 @@ from bench.networks import errors_from, restricted_plan
 from bench.rows import Row, write_rows
 from bench.scenarios import Program
 from bench.timing import Contender, in_turn, middle
-from jaxlayout import Candidate, ConvDimensionNumbers, ConvSignature, Plan, auto_layout
+from jaxlayout import AutoLayout, Candidate, ConvDimensionNumbers, ConvSignature, Plan, auto_layout
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy, Order
@@ -71,31 +71,28 @@ CASES: dict[str, Callable[[bool], Program]] = (
 )
 
 
-def forced(conv: ConvSignature, written: Candidate, last: bool) -> Candidate:
-    """XLA's own convolution in channels last, or first; as written where that is its order already, and where no
-    such order of a kernel gradient is known."""
-    form = ConvDimensionNumbers.channels_last if last else ConvDimensionNumbers.channels_first
-    if conv.is_kernel_gradient:
-        form = ConvDimensionNumbers.kernel_gradient if last else lambda _: written.dims
-    dims = form(conv.rank)
+def channels_first(conv: ConvSignature, written: Candidate) -> Candidate:
+    """XLA's own convolution channels first; as written where it is that already, and for a kernel gradient, of which no
+    such order is known."""
+    dims = ConvDimensionNumbers.channels_first(conv.rank)
     same = (dims.lhs, dims.out) == (written.dims.lhs, written.dims.out)
-    return written if same else Candidate("xla", dims)
+    return written if same or conv.is_kernel_gradient else Candidate("xla", dims)
 
 
-def forced_plan(jaxpr: Any, last: bool) -> Plan:
-    """Every convolution as `forced` has it, whatever that costs, and the least conversions otherwise."""
-    policy = LayoutPolicy.for_platform(jax.devices()[0].platform)
+def channels_first_plan(jaxpr: Any) -> Plan:
+    """All convolutions so, whatever that costs, and the least conversions otherwise."""
+    policy = LayoutPolicy.for_device()
 
     def site_ns(node: Node, mode: Mode) -> float:
         written = node.modes[0].candidate
         if node.conv is None or written is None:
             return 0.0
-        return 0.0 if mode.candidate == forced(node.conv, written, last) else 1e15
+        return 0.0 if mode.candidate == channels_first(node.conv, written) else 1e15
 
     def conversion_ns(shape: Any, dtype: Any, held: Order, turned: Order) -> float:
         return policy.conversion_ns(math.prod(shape) * dtype.itemsize)
 
-    graph = build_graph(jaxpr, lambda conv, written: list(dict.fromkeys((written, forced(conv, written, last)))))
+    graph = build_graph(jaxpr, lambda conv, written: list(dict.fromkeys((written, channels_first(conv, written)))))
     plan = solve(graph, site_ns, conversion_ns)
     if plan.predicted_ns >= 1e15:
         raise ValueError("an order that was to be forced does not reach its convolution")
@@ -113,21 +110,24 @@ def auto_entry(fun: Callable[..., Any], args: tuple[Any, ...]) -> Contender:
 
 def contenders_of(fun: Any, args: tuple[Any, ...], table: str | None, budget: float) -> Mapping[str, Contender | None]:
     """By form, what runs it; None where it is the program as written."""
-    tuned = auto_layout(fun, table=table, time_budget=budget)
-    outcome = tuned.outcome(*args)
+    tuned, last = auto_layout(fun, table=table, time_budget=budget), auto_layout(fun, policy="channels_last")
     jaxpr = jax.make_jaxpr(fun)(*args)
 
     def under(plan: Plan) -> Contender | None:
         return None if plan.trivial else partial(auto_layout(fun, table=table, plan=plan), *args)
 
+    def if_kept(form: AutoLayout) -> Contender | None:
+        return partial(form, *args) if form.outcome(*args).kept else None
+
+    if_kept(tuned)  # first of all: it measures what the other plans need
     return {
         "jit": partial(jax.jit(fun), *args),
         "auto_entry": auto_entry(fun, args),
-        "channels_last": under(forced_plan(jaxpr, True)),
-        "channels_first": under(forced_plan(jaxpr, False)),
+        "channels_last": if_kept(last),
+        "channels_first": under(channels_first_plan(jaxpr)),
         "layouts": under(restricted_plan(jaxpr, table, lambda way, _: way.lowering == "xla")),
         "lowerings": under(restricted_plan(jaxpr, table, lambda way, written: way.dims == written.dims)),
-        "auto_layout": partial(tuned, *args) if outcome.kept else None,
+        "auto_layout": if_kept(tuned),
     }
 
 

@@ -11,6 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -23,13 +24,13 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
+from jaxlayout.line import decide
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import apart, device_of, is_real
-from jaxlayout.tune import tune
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
@@ -45,6 +46,11 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
 
     The first call with arguments of new shapes tunes the function: measures what the cost table does not know,
     plans, compares the rewritten function with the original in numbers, memory and time, and keeps the better.
+
+    That is `policy='auto'`. Under 'channels_last' every convolution is put channels last, through XLA and without any
+    measuring or comparing: cheap, alike on every machine, and not guaranteed to be no slower than what was written. A
+    program with more than 100 other equations for each convolution is left alone. Under 'off' the function is compiled
+    as it is.
 
     Args:
       fun: a function, or one already compiled by `jax.jit` or `auto_layout`, which keeps what that was told.
@@ -89,7 +95,7 @@ class AutoLayout:
         self._tuning = threading.Lock()
         self._picker = Measured(options)
         self._told = told
-        self._compile_with(None if pinned is None else pinned.compiler_options)
+        self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **told)
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
 
@@ -175,15 +181,17 @@ class AutoLayout:
         """What was chosen for these arguments and why; print it."""
         return explain(*self._looked_at(args, kwargs))
 
-    def _looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Outcome]:
+    def _looked_at(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
+    ) -> tuple[Any, Outcome]:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
         seen: list[tuple[Any, Outcome]] = []
-        self._call.arguments = args, kwargs
+        self._call.arguments, self._call.executor = (args, kwargs), executor
         try:
             with jax.disable_jit(False):
                 jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
         finally:
-            self._call.arguments = None
+            self._call.arguments = self._call.executor = None
         return seen[0]
 
     def _body(
@@ -196,7 +204,8 @@ class AutoLayout:
         @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
             config: Any = jax.config
-            if config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, or searched for a NaN
+            plain = self.options.policy == "off" and seen is None
+            if plain or config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
@@ -214,10 +223,15 @@ class AutoLayout:
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
                 seen((jaxpr, outcome))
-            picker = None if decides else self._picker  # under a transformation others may be derived
+            picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
         return body
+
+    def _picker_for(self, outcome: Outcome) -> Measured | None:
+        """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
+        left = self.options.policy != "auto" and outcome.source == "none"
+        return None if left else self._picker
 
     def _concrete(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, where they are all real (they are not
@@ -240,11 +254,12 @@ class AutoLayout:
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
         name = getattr(self._fun, "__name__", "function")
+        executor = getattr(self._call, "executor", None)
 
         def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
             with progress_bar(name) as progress:
-                return tune(
+                return decide(
                     jaxpr,
                     arrays,
                     self.options,
@@ -254,6 +269,7 @@ class AutoLayout:
                     pinned=self.pinned,
                     frozen=frozen,
                     written=written,
+                    executor=executor,
                     progress=progress,
                     stop=stop,
                 )
@@ -262,6 +278,21 @@ class AutoLayout:
         # too: the next call goes on from that.
         with self._tuning:
             return apart(work, device_of(args or ()))
+
+
+def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:
+    """Tune a function for some arguments, arrays or `jax.ShapeDtypeStruct`, ahead of its first call.
+
+    Args:
+      fun: a function, or one under `auto_layout`, which keeps its options.
+      executor: any `concurrent.futures.Executor` whose workers can import jaxlayout: a process pool, Dask's
+        `client.get_executor()`. Convolutions and conversions are measured there, one job each; those of workers whose
+        environment differs from this one are refused, and what is lost twice is measured here. Whole functions are
+        compared here.
+      args, kwargs: those of the function.
+    """
+    tuned = fun if isinstance(fun, AutoLayout) else auto_layout(fun)
+    return tuned._looked_at(args, kwargs, executor)[1]
 
 
 class _CompileWith(Exception):

@@ -46,11 +46,12 @@ class Explanation:
         ]
         if not plan.trivial:
             proof = "optimal" if plan.exact else f"within {plan.gap:.1%} of optimal"
-            lines.append(
+            predicted = (
                 f"predicted {plan.written_ns / 1e6:.2f} -> {plan.predicted_ns / 1e6:.2f} ms for convolutions and "
-                f"conversions, {proof} under the measured costs; {self.transposes} transposes as written, "
-                f"{len(plan.conversions)} in the plan"
+                f"conversions, {proof} under the measured costs; "
             )
+            counted = f"{self.transposes} transposes as written, {len(plan.conversions)} in the plan"
+            lines.append(counted if outcome.source == "forced" else predicted + counted)
         for site in self.sites:
             lines.append(f"  {site.line}: {site.conv}\n    {site.written}  =>  {site.chosen}")
         for c in plan.conversions:

@@ -13,7 +13,7 @@ import pytest
 
 from bench import forms, gpu, networks, plot, scenarios
 from bench.models import video
-from jaxlayout import tune
+from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.program import equations
@@ -100,10 +100,9 @@ def test_no_frame_of_the_decoder_is_made_of_a_later_one():
     assert np.abs(out - other)[:, :, 2].max() > 0
 
 
-@pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("order", ["NHWC", "NCHW"])
-def test_forced_orders(order, last):
-    """Of two convolutions and their gradients, all are in the order, but kernel gradients in NCHW."""
+def test_all_channels_first(order):
+    """Of two convolutions and their gradients, all are, but kernel gradients."""
 
     def loss(weights: Any, x: Any) -> Any:
         for w in weights:
@@ -112,14 +111,11 @@ def test_forced_orders(order, last):
 
     sizes = {"N": 2, "H": 8, "W": 8, "C": 4}
     x, weights = jnp.ones([sizes[axis] for axis in order]), [scenarios.kernel(order, 4)] * 2
-    plan = forms.forced_plan(jaxpr := jax.make_jaxpr(jax.grad(loss))(weights, x), last)
-    assert plan.trivial == (last == (order == "NHWC"))
+    plan = forms.channels_first_plan(jaxpr := jax.make_jaxpr(jax.grad(loss))(weights, x))
     check_fit(jaxpr, plan)
-    if not plan.trivial:
-        found = sorted(str(mode.candidate) for mode in plan.choices.values() if mode.candidate is not None)
-        gradient = "xla:CHWN,IHWO->HWNC"  # as it is written, or forced
-        plain = "xla:NHWC,HWIO->NHWC" if last else "xla:NCHW,OIHW->NCHW"
-        assert found == sorted([plain] * 3 + [gradient] * 2)
+    found = sorted(str(mode.candidate) for mode in plan.choices.values() if mode.candidate is not None)
+    changed = ["xla:CHWN,IHWO->HWNC"] * 2 + ["xla:NCHW,OIHW->NCHW"] * 3
+    assert found == ([] if order == "NCHW" else changed)
 
 
 def test_scenarios(tmp_path):
@@ -135,7 +131,7 @@ def test_scenarios(tmp_path):
 
 
 def test_forms(tmp_path, costs, monkeypatch):
-    monkeypatch.setattr(networks, "measure", tune.measure)  # made up, by `costs`
+    monkeypatch.setattr(networks, "measure", line.measure)  # made up, by `costs`
     case = scenarios.scenario(scenarios.five, "NCHW", True, True)
     monkeypatch.setitem(forms.CASES, "some", lambda small: case.written)
     assert forms.main(["some", "--small", *told(tmp_path)]) == 0
