@@ -29,7 +29,7 @@ from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import apart, device_of, is_real
-from jaxlayout.tune import tune
+from jaxlayout.tune import cost_model, default_device, tune
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
@@ -172,12 +172,40 @@ class AutoLayout:
         return self.outcome(*args, **kwargs).plan
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What was chosen for these arguments and why; print it."""
-        return explain(*self._looked_at(args, kwargs))
+        """What was chosen for these arguments and why: a value that a terminal shows as tables and a notebook as HTML,
+        with `to_json` and plots."""
+        jaxpr, outcome, arrays = self._looked_at(args, kwargs)
+        return self._explained(jaxpr, outcome, device_of(arrays or ()))
 
-    def _looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Outcome]:
-        """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
-        seen: list[tuple[Any, Outcome]] = []
+    def _explained(
+        self,
+        jaxpr: Any,
+        outcome: Outcome,
+        device: Any = None,
+        context: Context = "entry",
+        frozen: Sequence[bool] = (),
+    ) -> Explanation:
+        """The explanation of what `_tuned` gave, with the settings it had."""
+
+        def work(stop: threading.Event) -> Explanation:
+            told = self._told.get("compiler_options") if context == "entry" else None
+            options = {**(told or {}), **outcome.plan.compiler_options} or None
+            model = cost_model(self.options, default_device(), context, options)
+            relaxed = self.options.numerics == "relaxed"
+            return explain(jaxpr, outcome, model, name=self._name, relaxed=relaxed, frozen=frozen)
+
+        return apart(work, device)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._fun, "__name__", "function")
+
+    def _looked_at(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, Outcome, Sequence[Any] | None]:
+        """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
+        that, and the arguments where they are real."""
+        seen: list[tuple[Any, Outcome, Sequence[Any] | None]] = []
         self._call.arguments = args, kwargs
         try:
             with jax.disable_jit(False):
@@ -213,7 +241,7 @@ class AutoLayout:
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
-                seen((jaxpr, outcome))
+                seen((jaxpr, outcome, concrete))
             picker = None if decides else self._picker  # under a transformation others may be derived
             return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
@@ -239,11 +267,10 @@ class AutoLayout:
         choose_options: bool = False,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
-        name = getattr(self._fun, "__name__", "function")
 
         def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
-            with progress_bar(name) as progress:
+            with progress_bar(self._name) as progress:
                 return tune(
                     jaxpr,
                     arrays,
