@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import written_order
 from jaxlayout.graph.build import LayoutGraph, Mode, Node, Path
 from jaxlayout.graph.plan import Plan
@@ -16,6 +15,7 @@ from jaxlayout.graph.solve import wiring
 from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.report.value import Step
 
+Wiring = tuple[dict[int, tuple[int, int]], dict[int, dict[int, list[int]]]]
 ANCHORS = ("site", "input", "output", "barrier")
 """What has its order of itself, and does not follow others."""
 
@@ -65,23 +65,23 @@ def converted(graph: LayoutGraph, modes: Sequence[Mode]) -> list[Converted]:
     return found
 
 
-def nearest_anchor(graph: LayoutGraph, modes: Sequence[Mode], start: int, upwards: bool) -> Node | None:
+def nearest_anchor(graph: LayoutGraph, modes: Sequence[Mode], wired: Wiring, start: int, upwards: bool) -> Node | None:
     """The nearest node that others follow, from a node upwards or downwards along values that are not converted; the
-    node itself where it is one."""
-    producers, consumers = wiring(graph)
+    node itself where it is one. `wired`: the graph's `wiring`."""
+    producers, consumers = wired
     seen, left = {start}, deque([start])
     while left:
         i = left.popleft()
         node = graph.nodes[i]
         if node.kind in ANCHORS:
             return node
-        for value, slots in ((v, (s,)) for s, v in enumerate(node.operands if upwards else node.results)):
+        for place, value in enumerate(node.operands if upwards else node.results):
             if value not in producers:
                 continue
             producer, slot = producers[value]
             held = modes[producer].results[slot]
             if upwards:
-                others = [producer] if modes[i].operands[slots[0]] == held else []
+                others = [producer] if modes[i].operands[place] == held else []
             else:
                 others = [c for c, at in consumers[value].items() if any(modes[c].operands[s] == held for s in at)]
             left.extend(other for other in others if other not in seen)
@@ -212,7 +212,8 @@ class _Contraction:
         """The arguments that are no weights: more than a vector, and read as a convolution's lhs."""
         _, consumers = wiring(self.graph)
         for node in self.graph.nodes:
-            if node.kind != "input" or sum(size > 1 for v in node.results for size in self.graph.values[v].shape) < 2:
+            shape = [size for v in node.results for size in self.graph.values[v].shape]
+            if node.kind != "input" or sum(size != 1 for size in shape) < 2:  # a size may be symbolic
                 continue
             left, seen = deque(v for v in node.results), set(node.results)
             while left:
@@ -288,23 +289,24 @@ class _Contraction:
             letters, ns = self.flow.letters.get(value), self.flow.conversion_ns(value, held, wanted)
             names = order_name(letters, held), order_name(letters, wanted)
             label, inputs = f"{names[0]} → {names[1]}", tuple(sorted(steps))
-            step = Step(
-                kind="conversion", label=label, inputs=inputs, order=names[1], ns=ns, times=described.times
-            )
+            step = Step(kind="conversion", label=label, inputs=inputs, order=names[1], ns=ns, times=described.times)
             self.found.append(step)
             self.arrived[value, wanted] = frozenset([len(self.found) - 1])
         return self.arrived[value, wanted]
 
     def add(self, kind: str, node: Node, reads: Any, mode: Mode | None = None) -> int:
         value = max((*node.results, *node.operands), key=lambda v: (v in node.results, len(self.graph.values[v].shape)))
-        orders = dict(zip((*node.operands, *node.results), ((*mode.operands, *mode.results) if mode else ()), strict=False))
+        orders = dict(
+            zip((*node.operands, *node.results), ((*mode.operands, *mode.results) if mode else ()), strict=False)
+        )
         order = orders.get(value, identity(len(self.graph.values[value].shape)))
         name = order_name(self.flow.letters.get(value), order)
-        cost, site = self.flow.cost(node, mode or node.modes[0]), self.sites.get(node.path) if kind == "convolution" else None
-        label, inputs = self.flow.label(node), tuple(sorted(reads))
-        self.found.append(
-            Step(kind=kind, label=label, inputs=inputs, order=name, site=site, ns=cost, times=node.times)
+        cost, site = (
+            self.flow.cost(node, mode or node.modes[0]),
+            self.sites.get(node.path) if kind == "convolution" else None,
         )
+        label, inputs = self.flow.label(node), tuple(sorted(reads))
+        self.found.append(Step(kind=kind, label=label, inputs=inputs, order=name, site=site, ns=cost, times=node.times))
         return len(self.found) - 1
 
     def without_dead_ends(self) -> tuple[Step, ...]:

@@ -16,6 +16,7 @@ from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import Enumerate, LayoutGraph, Mode, Node, Path, build_graph
 from jaxlayout.graph.fit import located
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.solve import wiring
 from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.outcome import Outcome
 from jaxlayout.report.flow import Flow, axis_letters, converted, is_derived, modes_under, nearest_anchor, order_name
@@ -52,7 +53,7 @@ class _Gathered:
     def __init__(self, jaxpr: Any, graph: LayoutGraph, plan: Plan, model: CostModel, offered: Enumerate):
         self.graph, self.plan, self.model, self.offered = graph, plan, model, offered
         self.equations: Mapping[Path, Any] = dict(located(jaxpr))
-        self.modes = modes_under(graph, plan)
+        self.modes, self.wired = modes_under(graph, plan), wiring(graph)
         self.letters = axis_letters(graph, self.equations)
         inputs = (i for i, node in enumerate(graph.nodes) if node.kind == "input" and node.path == ())
         self.numbers = {i: n for n, i in enumerate(inputs)}
@@ -128,7 +129,7 @@ class _Gathered:
 
     def because(self, i: int, upwards: bool) -> str:
         """A node, and the one that it has its order from."""
-        node, anchor = self.graph.nodes[i], nearest_anchor(self.graph, self.modes, i, upwards)
+        node, anchor = self.graph.nodes[i], nearest_anchor(self.graph, self.modes, self.wired, i, upwards)
         told = self.said(node)
         if anchor is None or anchor is node:
             return told
@@ -226,4 +227,3 @@ def kind_of(conv: ConvSignature, derived: bool) -> str:
             words += f" {name} {sizes(numbers)}"
     gradient = "kernel gradient" if conv.is_kernel_gradient else "gradient"
     return f"{gradient}, {words}" if derived or conv.is_kernel_gradient else words
-

@@ -32,8 +32,10 @@ def of_explanation(told: Explanation) -> str:
     parts = [f'<div class="{state}"><code>{escape(told.name)}</code> {escape(headline(told))}</div>']
     if told.nothing_gained:
         parts.append(f"<p>{escape(told.nothing_gained)}</p>")
-    facts = "".join(f'<tr><td class="dim">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in summary(told))
-    parts.append(f"<table>{facts}</table>")
+    whole = "".join(
+        f'<tr><td class="dim">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in summary(told)
+    )
+    parts.append(f"<table>{whole}</table>")
     if told.sites:
         parts.append(_convolutions(told))
     if told.moves:
@@ -56,7 +58,8 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     marks = [' class="n"' if name in NUMBERS else "" for name in names]
     head = "".join(f"<th{mark}>{escape(name)}</th>" for name, mark in zip(names, marks, strict=True))
     body = "".join(
-        "<tr>" + "".join(f"<td{mark}>{cell}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>" for row in rows
+        "<tr>" + "".join(f"<td{mark}>{cell}</td>" for cell, mark in zip(row, marks, strict=True)) + "</tr>"
+        for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
 

@@ -13,14 +13,13 @@ try:
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import PathPatch, Rectangle
     from matplotlib.path import Path
-    from matplotlib.patches import PathPatch
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'jaxlayout[plots]'") from error
 
 from jaxlayout.report.value import Explanation, Site, Step
-from jaxlayout.report.words import Group, groups, headline, ms, scope, shapes, times, where
+from jaxlayout.report.words import Group, groups, headline, ms, shapes, times, where
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -48,7 +47,7 @@ def costs(site: Site) -> Figure:
     norm = LogNorm(min(known) / 1e6, max(max(known), 1.01 * min(known)) / 1e6) if known else None
     longest = max(map(len, rows))
     wide, left = 1.15, 0.35 + 0.085 * longest
-    figure = _figure(left + wide * len(columns) + 1.2, 1.75 + 0.42 * len(rows))
+    figure = _figure(left + wide * len(columns) + 1.2, 1.45 + 0.42 * len(rows))
     width, height = figure.get_size_inches()
     axes = figure.add_axes((left / width, 0.25 / height, wide * len(columns) / width, 0.42 * len(rows) / height))
     colours = colormaps["cividis_r"]
@@ -120,7 +119,9 @@ def predicted(told: Explanation) -> Figure:
         ("as written", plan.written_ns or None, verdict.original_ns),
         ("as planned", plan.predicted_ns or None, verdict.tuned_ns),
     ]
-    found = sorted(groups(told), key=lambda group: -group.runs * max(_ns(group.first.written) or 0, _ns(group.first.chosen) or 0))
+    found = sorted(
+        groups(told), key=lambda group: -group.runs * max(_ns(group.first.written) or 0, _ns(group.first.chosen) or 0)
+    )
     shown, others = found[:MOST_BARS], found[MOST_BARS:]
     bars = [(f"{group.first.kind}  {_arrays(group)}", *_both(group)) for group in shown]
     if others:
@@ -128,9 +129,16 @@ def predicted(told: Explanation) -> Figure:
         bars.append((f"{len(others)} others", sums[0], sums[1]))
     tall = 0.34
     below = max(1, len(bars)) * tall
-    height = 0.85 + 0.95 + 1.0 + below + 0.5
+    height = 0.85 + 0.95 + 0.75 + below + 0.5
     figure = _figure(9.5, height)
-    figure.text(0.15 / 9.5, 1 - 0.25 / height, f"{told.name}: {headline(told)}", fontsize=11, weight="bold", va="center")
+    figure.text(
+        0.15 / 9.5,
+        1 - 0.25 / height,
+        f"{told.name}: {_cut(headline(told), 80)}",
+        fontsize=11,
+        weight="bold",
+        va="center",
+    )
     box = (3.3 / 9.5, 5.2 / 9.5)
     top = figure.add_axes((box[0], (height - 0.75 - 0.95) / height, box[1], 0.95 / height))
     _paired(
@@ -142,6 +150,8 @@ def predicted(told: Explanation) -> Figure:
     )
     bottom = figure.add_axes((box[0], 0.5 / height, box[1], below / height))
     _paired(bottom, bars, (PALE, VERMILLION), ("as written", "as chosen"))
+    for axes, name in ((top, "The whole"), (bottom, "Convolutions")):
+        axes.set_title(name, fontsize=10, loc="left", x=-0.6, weight="bold")
     bottom.set_xlabel("ms each time the function runs", fontsize=9)
     return figure
 
@@ -172,7 +182,7 @@ def _paired(
             axes.barh(at, ns / 1e6, 0.36, color=colour, label=names[half] if y == 0 else None)
             text = ms(ns) if seen else "not known"
             axes.text(ns / 1e6 + 0.01 * most, at, text, va="center", fontsize=7, color=INK if seen else GREY)
-    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.12 * most))
+    axes.set(ylim=(max(1, len(rows)) - 0.5, -0.5), xlim=(0, 1.12 * most))
     axes.set_yticks(range(len(rows)), [name for name, *_ in rows], fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
@@ -189,8 +199,8 @@ MOST_LANES = 7
 """Columns side by side; beyond, the longest branch is cut, and what reads it says so."""
 MOST_ROWS = 44
 """Rows below each other before the drawing goes on beside."""
-ROW, LANE = 0.225, 0.2
-"""Inches."""
+ROW, LANE, TOP = 0.225, 0.2, 1.25
+"""Inches: between rows, between columns, above the first row."""
 TEXT = {"label": 0.0, "shape": 2.15, "lowering": 3.35, "ms": 5.35}
 """Where the columns of text begin; that of times ends there."""
 
@@ -201,8 +211,6 @@ class Lanes:
 
     lane: list[int] = field(default_factory=list)
     cut: dict[int, list[int]] = field(default_factory=dict)
-    ends: dict[int, int] = field(default_factory=dict)
-    """The last row that a step's branch reaches."""
 
     @property
     def count(self) -> int:
@@ -225,13 +233,10 @@ def lanes(steps: Sequence[Step], most: int = MOST_LANES) -> Lanes:
         free = [lane for lane in range(most) if lane not in held]
         if not free:  # the branch that is read last waits the longest
             lane = max(held, key=lambda lane: last[held[lane]])
-            readers = [j for j, other in enumerate(steps) if held[lane] in other.inputs and j < row]
-            found.ends[held[lane]] = max(readers, default=held[lane])
             del held[lane]
             free = [lane]
         lane = min(mine or free)
         found.lane.append(lane)
-        found.ends.setdefault(row, last[row])
         if last[row] > row:
             held[lane] = row
     return found
@@ -243,8 +248,9 @@ def graph(told: Explanation) -> Figure:
     placed = lanes(steps)
     strips = max(1, math.ceil(len(steps) / MOST_ROWS))
     per = max(1, math.ceil(len(steps) / strips))
-    wide = LANE * (placed.count + 1) + TEXT["ms"] + 0.35
-    width, height = max(7.5, wide * strips), ROW * (per + 1) + 1.05
+    wide = LANE * (placed.count + 1) + TEXT["ms"] + 0.55
+    title = f"{told.name}: {_cut(headline(told), 90)}"
+    width, height = max(0.4 + 0.1 * len(title), wide * strips), TOP + ROW * (per + 0.2)
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -254,7 +260,9 @@ def graph(told: Explanation) -> Figure:
     pen.edges()
     for row in range(len(steps)):
         pen.step(row)
-    axes.text(0.2, 0.22, f"{told.name}: {headline(told)}", fontsize=11, weight="bold", va="center")
+    axes.text(0.2, 0.22, title, fontsize=11, weight="bold", va="center")
+    for strip in range(strips if told.sites else 0):
+        pen.heading(strip)
     _legend(figure, steps, colours, told, width, height)
     if not steps:
         axes.text(0.2, 1.1, told.nothing_gained or "Nothing to draw.", fontsize=9)
@@ -278,7 +286,12 @@ MARKS = {
     "join": ("o", 3.5),
     "result": ("^", 5.5),
 }
-NAMES = {"conversion": "conversion put in", "transpose": "your transpose", "equation": "other work", "join": "branches meet"}
+NAMES = {
+    "conversion": "conversion put in",
+    "transpose": "your transpose",
+    "equation": "other work",
+    "join": "branches meet",
+}
 
 
 @dataclass(slots=True)
@@ -295,7 +308,7 @@ class _Pen:
         return 0.3 + self.wide * (row // self.per) + LANE * lane
 
     def y(self, row: float, strip: int) -> float:
-        return 1.05 + ROW * (row - strip * self.per)
+        return TOP + ROW * (row - strip * self.per)
 
     def colour(self, step: Step) -> str:
         return self.colours.get(step.order, GREY)
@@ -336,10 +349,16 @@ class _Pen:
         marker, size = MARKS[step.kind]
         hollow = step.kind == "transpose" or (site is not None and site.written.chosen)
         face = "white" if hollow else GREY if step.kind == "barrier" else colour
-        rim = INK if step.kind in ("conversion", "transpose") else "white" if step.kind == "barrier" else colour
+        rim = INK if step.kind in ("conversion", "transpose") else GREY if step.kind == "barrier" else colour
         self.axes.plot([x], [y], marker, markersize=size, markerfacecolor=face, markeredgecolor=rim,
                        markeredgewidth=1.3 if hollow or rim == INK else 0.8, zorder=2, gid=step.kind)  # fmt: skip
         self.words(step, site, row, y)
+
+    def heading(self, strip: int) -> None:
+        left, y = self.x(strip * self.per, self.placed.count) + 0.05, self.y(-1.1, 0)
+        for column, name in (("label", "#  step"), ("shape", "out"), ("lowering", "form"), ("ms", "ms")):
+            how = "right" if column == "ms" else "left"
+            self.axes.text(left + TEXT[column], y, name, fontsize=7.5, va="center", ha=how, color=GREY, style="italic")
 
     def words(self, step: Step, site: Site | None, row: int, y: float) -> None:
         left = self.x(row, self.placed.count) + 0.05
@@ -372,7 +391,9 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _legend(figure: Figure, steps: Sequence[Step], colours: dict[str, str], told: Explanation, width: float, height: float) -> None:
+def _legend(
+    figure: Figure, steps: Sequence[Step], colours: dict[str, str], told: Explanation, width: float, height: float
+) -> None:
     used = {step.kind for step in steps}
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
     if any(step.site is not None and not told.sites[step.site].written.chosen for step in steps):
@@ -391,4 +412,6 @@ def _legend(figure: Figure, steps: Sequence[Step], colours: dict[str, str], told
 def _mark(kind: str, face: str, name: str) -> Line2D:
     marker, size = MARKS[kind]
     rim = INK if kind in ("conversion", "transpose") else GREY
-    return Line2D([], [], linestyle="", marker=marker, markersize=size, markerfacecolor=face, markeredgecolor=rim, label=name)
+    return Line2D(
+        [], [], linestyle="", marker=marker, markersize=size, markerfacecolor=face, markeredgecolor=rim, label=name
+    )

@@ -103,7 +103,12 @@ def _convolutions(told: Explanation) -> Table:
             form = Text(f"{written.candidate}\n", style="dim").append(f"→ {chosen.candidate}", style="not dim green")
             time = Text(f"{before}\n", style="dim").append(after, style="not dim green")
         rows.append((group.numbers, place, what, form, time, times(group.runs)))
-    columns = [("#", {}), ("where", {"ratio": 3}), ("convolution", {"ratio": 3}), ("form", {"ratio": 3, "min_width": 26})]
+    columns = [
+        ("#", {}),
+        ("where", {"ratio": 3}),
+        ("convolution", {"ratio": 3}),
+        ("form", {"ratio": 3, "min_width": 26}),
+    ]
     return _table([*columns, ("ms", RIGHT), ("runs", RIGHT)], rows)
 
 

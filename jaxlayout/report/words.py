@@ -20,11 +20,11 @@ SOURCES = {
 
 
 def ms(ns: float | None) -> str:
-    """Milliseconds, three digits of them."""
+    """Milliseconds, two or three digits of them."""
     if ns is None:
         return "–"
     value = ns / 1e6
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 4
+    digits = next((digits for digits, least in enumerate((100, 10, 0.1, 0.01)) if value >= least), 4)
     return f"{value:.{digits}f}"
 
 
@@ -56,18 +56,19 @@ def why_nothing(told: Explanation) -> str:
         return f"Nothing could be gained: {why}."
     if outcome.source == "none":
         return f"Nothing was tried: {verdict.reason}."
-    if outcome.plan.trivial:
-        if told.provisional:
-            return "Nothing was found to be gained before the time for measuring ran out; a later process goes on."
-        measured = "the fastest" if not outcome.plan.written_ns else "the fastest of all that were measured"
-        return f"Nothing could be gained: the forms and orders as written are {measured}, conversions counted."
     because = {
         "time": f"the rewritten function was not faster as a whole ({verdict.reason})",
         "numbers": f"the numbers of the rewritten function differ too much ({verdict.reason})",
         "memory": f"the rewritten function needs too much memory ({verdict.reason})",
         "failure": f"the rewritten function does not run ({verdict.reason})",
     }
-    return f"Nothing was gained: {because.get(verdict.cause, verdict.reason)}."
+    if verdict.cause in because:
+        return f"Nothing was gained: {because[verdict.cause]}."
+    if outcome.plan.trivial:
+        if told.provisional:
+            return "Nothing was found to be gained before the time for measuring ran out; a later process goes on."
+        return "Nothing could be gained: the forms and orders as written are the fastest measured, conversions counted."
+    return f"Nothing was gained: {verdict.reason}."
 
 
 def summary(told: Explanation) -> list[tuple[str, str]]:
@@ -75,8 +76,12 @@ def summary(told: Explanation) -> list[tuple[str, str]]:
     outcome, plan, verdict = told.outcome, told.outcome.plan, told.outcome.verdict
     rows = []
     if verdict.original_ns is not None and verdict.tuned_ns is not None:
-        pairs = "" if verdict.ratio is None else f", {verdict.ratio:.2f}x ±{verdict.spread or 0:.2f}, {verdict.pairs} pairs"
-        rows.append(("measured", f"{ms(verdict.original_ns)} → {ms(verdict.tuned_ns)} ms for the whole function{pairs}"))
+        pairs = (
+            "" if verdict.ratio is None else f", {verdict.ratio:.2f}x ±{verdict.spread or 0:.2f}, {verdict.pairs} pairs"
+        )
+        rows.append(
+            ("measured", f"{ms(verdict.original_ns)} → {ms(verdict.tuned_ns)} ms for the whole function{pairs}")
+        )
     if plan.written_ns:
         gap = "optimal" if plan.exact else f"within {plan.gap:.1%} of optimal" if plan.bound_ns else "no bound known"
         rows.append(
