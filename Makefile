@@ -6,7 +6,7 @@ VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_i
 VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
 
-.PHONY: demo test lint typecheck bench clean
+.PHONY: demo test fuzz lint typecheck bench clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -17,6 +17,10 @@ bench: $(VENV)/installed-bench  ## every figure of the README
 
 test: lint typecheck  ## the whole check
 	$(RUN) pytest -n 2 $(ARGS)
+
+FUZZ ?= 10
+fuzz: $(VENV)/installed-test  ## the drawn programs of the tests, FUZZ times as many as usual and others each time
+	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(RUN) ruff check

@@ -40,8 +40,8 @@ from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import candidate_id
 from jaxlayout.costs.model import CostModel
 from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy
+from jaxlayout.line import open_table
 from jaxlayout.program import equations
-from jaxlayout.tune import open_table
 
 SECONDS = 20.0
 """About how long the pairs of one case may take."""

@@ -6,8 +6,8 @@ Writes networks-jax<version>.json and .md into --out; where cases are named, the
 ms; ratio, the median of pairwise ratios, and half its interquartile range; errors against a float64 run, relative to
 its rms; transposes in the program as written and tuned; temporary memory tuned / written; seconds of lowering and
 compiling under either, nothing cached, the plan given; seconds of tuning and how many convolutions and transposes were
-timed. `layouts alone`: only XLA's own convolution, in any order. `lowerings alone`: any lowering, orders as written.
-Both without compiler options.
+timed. `frozen`: jit's time over that with the weights of a network frozen. `layouts alone`: only XLA's own convolution,
+in any order. `lowerings alone`: any lowering, orders as written. Both without compiler options.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
+from jaxlayout.line import open_table
 from jaxlayout.program import count_transposes
-from jaxlayout.tune import open_table
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 """Builds a function and its arguments."""
@@ -169,6 +169,10 @@ def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
         "predicted_ms": outcome.plan.predicted_ns / 1e6,
         "first_call_s": tuned_s,
     }
+    if name in MODELS:
+        frozen = auto_layout(f, table=table).freeze(args[0])
+        jax.block_until_ready(frozen(args[1]))
+        row["frozen"] = paired(plain, lambda _, images: frozen(images), *args).ratio
     plan = outcome.plan if outcome.kept else Plan()
     row["compile_s_jit"], row["compile_s"] = compile_seconds(
         lambda: jax.jit(f), lambda: auto_layout(f, plan=plan), args=args
@@ -187,9 +191,9 @@ def run(name: str, table: str | None, ablations: bool) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table."""
     head = (
-        "| case | jit ms | auto_layout ms | ratio | layouts alone | lowerings alone | error (jit's) | transposes |"
-        " memory | compile s: jit → auto_layout | tuning s (timed) | verdict |\n"
-        "|---|---|---|---|---|---|---|---|---|---|---|---|\n"
+        "| case | jit ms | auto_layout ms | ratio | frozen | layouts alone | lowerings alone | error (jit's) |"
+        " transposes | memory | compile s: jit → auto_layout | tuning s (timed) | verdict |\n"
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|\n"
     )
 
     def times(value: float | None) -> str:
@@ -200,7 +204,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
     lines = [
         f"| {r['case']} | {r['jit_ms']:.1f} | {r['auto_layout_ms']:.1f} | **{r['ratio']:.2f}x** ±{r['spread']:.2f} "
-        f"| {times(r.get('layouts_alone'))} | {times(r.get('lowerings_alone'))} "
+        f"| {times(r.get('frozen'))} | {times(r.get('layouts_alone'))} | {times(r.get('lowerings_alone'))} "
         f"| {r['error']:.1e} ({r['error_jit']:.1e}) | {r['transposes_written']} → {r['transposes_tuned']} "
         f"| {times(r['memory'])} | {compiling(r)} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
         for r in rows

@@ -4,7 +4,7 @@
 def predict(params, images): ...
 """
 
-from jaxlayout.api import AutoLayout, auto_layout
+from jaxlayout.api import AutoLayout, auto_layout, tune
 from jaxlayout.convs import lowerings as _lowerings  # noqa: F401  registers what comes with the package
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import Composite, Lowering, register_lowering
@@ -14,11 +14,11 @@ from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy, LayoutTensor
+from jaxlayout.line import TableMiss
 from jaxlayout.memory import keep_freed_memory
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
-from jaxlayout.tune import TableMiss
 
 __all__ = [
     "AutoLayout",
@@ -46,5 +46,6 @@ __all__ = [
     "keep_freed_memory",
     "register_lowering",
     "register_rule",
+    "tune",
 ]
 __version__ = "0.1.0"

@@ -11,6 +11,7 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import fields, replace
 from typing import Any, overload
 
@@ -23,13 +24,13 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
+from jaxlayout.line import cost_model, decide, default_device
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import apart, device_of, is_real
-from jaxlayout.tune import cost_model, default_device, tune
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
@@ -201,17 +202,17 @@ class AutoLayout:
         return getattr(self._fun, "__name__", "function")
 
     def _looked_at(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
     ) -> tuple[Any, Outcome, Sequence[Any] | None]:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
         that, and the arguments where they are real."""
         seen: list[tuple[Any, Outcome, Sequence[Any] | None]] = []
-        self._call.arguments = args, kwargs
+        self._call.arguments, self._call.executor = (args, kwargs), executor
         try:
             with jax.disable_jit(False):
                 jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
         finally:
-            self._call.arguments = None
+            self._call.arguments = self._call.executor = None
         return seen[0]
 
     def _body(
@@ -267,11 +268,12 @@ class AutoLayout:
         choose_options: bool = False,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
+        executor = getattr(self._call, "executor", None)
 
         def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
             with progress_bar(self._name) as progress:
-                return tune(
+                return decide(
                     jaxpr,
                     arrays,
                     self.options,
@@ -281,6 +283,7 @@ class AutoLayout:
                     pinned=self.pinned,
                     frozen=frozen,
                     written=written,
+                    executor=executor,
                     progress=progress,
                     stop=stop,
                 )
@@ -289,6 +292,21 @@ class AutoLayout:
         # too: the next call goes on from that.
         with self._tuning:
             return apart(work, device_of(args or ()))
+
+
+def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:
+    """Tune a function for some arguments, arrays or `jax.ShapeDtypeStruct`, ahead of its first call.
+
+    Args:
+      fun: a function, or one under `auto_layout`, which keeps its options.
+      executor: any `concurrent.futures.Executor` whose workers can import jaxlayout: a process pool, Dask's
+        `client.get_executor()`. Convolutions and conversions are measured there, one job each; those of workers whose
+        environment differs from this one are refused, and what is lost twice is measured here. Whole functions are
+        compared here.
+      args, kwargs: those of the function.
+    """
+    tuned = fun if isinstance(fun, AutoLayout) else auto_layout(fun)
+    return tuned._looked_at(args, kwargs, executor)[1]
 
 
 class _CompileWith(Exception):

@@ -14,10 +14,10 @@ import jax
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import tuned_conv
 from jaxlayout.convs.signature import written_order
+from jaxlayout.line import TableMiss, choose
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
 from jaxlayout.threads import apart
-from jaxlayout.tune import TableMiss, choose
 
 logger = logging.getLogger("jaxlayout")
 

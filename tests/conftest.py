@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from jaxlayout import tune
+from jaxlayout import line
 from jaxlayout.accept import Verdict
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
@@ -26,9 +26,9 @@ def own_table(tmp_path, monkeypatch):
     # The lock of those who time on this machine: tests need not wait for them, nor they for tests.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(tune, "_tables", {})
-    monkeypatch.setattr(tune, "_provisional", {})
-    monkeypatch.setattr(tune, "process_budget", tune.Budget())
+    monkeypatch.setattr(line, "_tables", {})
+    monkeypatch.setattr(line, "_provisional", {})
+    monkeypatch.setattr(line, "process_budget", line.Budget())
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def costs(monkeypatch):
             ns = {name: (1e3 if name.startswith("xla@") else 1e4) + i for i, name in enumerate(others)}
             yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(line, "measure", measure)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1000")
     return asked
@@ -67,7 +67,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(tune._Line, "judge", lambda line, plan, least=1.0: kept)
+    monkeypatch.setattr(line._Line, "judge", lambda line, plan, least=1.0: kept)
     return costs
 
 
@@ -81,8 +81,8 @@ def with_options(forced, monkeypatch):
         ratio = 1.5 + bool(plan.compiler_options)
         return Verdict(kept=ratio > least, reason="forced", ratio=ratio)
 
-    monkeypatch.setattr(tune, "OPTION_SETS", {"cpu": (wanted,)})
-    monkeypatch.setattr(tune._Line, "judge", judge)
+    monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (wanted,)})
+    monkeypatch.setattr(line._Line, "judge", judge)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     return wanted
 
@@ -90,10 +90,10 @@ def with_options(forced, monkeypatch):
 @pytest.fixture
 def judged(forced, monkeypatch):
     """`forced`, but for the judge, who is the real one again."""
-    monkeypatch.setattr(tune._Line, "judge", _judge)
+    monkeypatch.setattr(line._Line, "judge", _judge)
 
 
-_judge = tune._Line.judge
+_judge = line._Line.judge
 
 
 def measurement(ns: float) -> Measurement:

@@ -499,9 +499,9 @@ def test_errors_of_the_function_are_its_own():
 def given(monkeypatch):
     """What each tuning was given to judge on."""
     calls = []
-    real = api.tune
+    real = api.decide
 
-    def tune(jaxpr, args, options, **kwargs):
+    def decide(jaxpr, args, options, **kwargs):
         calls.append(args)
         if args is not None:
             avals = [v.aval for v in getattr(jaxpr, "jaxpr", jaxpr).invars]
@@ -509,7 +509,7 @@ def given(monkeypatch):
             assert all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in args)
         return real(jaxpr, args, options, **kwargs)
 
-    monkeypatch.setattr(api, "tune", tune)
+    monkeypatch.setattr(api, "decide", decide)
     return calls
 
 
@@ -775,7 +775,7 @@ import jax, numpy as np, jax.numpy as jnp
 from functools import partial
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxlayout import api, auto_layout, tune
+from jaxlayout import api, auto_layout, line
 from jaxlayout.accept import Verdict
 from jaxlayout.costs.measurement import Measurement
 
@@ -786,9 +786,9 @@ def measure(jobs, **_):
         yield job, {name: Measurement(status="ok", median_ns=ns.get(name, 1e9 if others else 1.0), spread_ns=0.0,
                     runs=9, error=0.0, temp_bytes=0, program="") for name in (written, *others)}
 
-tune.measure = measure
+line.measure = measure
 devices, real = [], api.tune
-api.tune = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
+api.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
 
 def conv(x, k):
     return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))

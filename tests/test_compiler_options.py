@@ -9,7 +9,7 @@ from jax import lax
 from jax import numpy as jnp
 
 import jaxlayout
-from jaxlayout import auto_layout, tune
+from jaxlayout import auto_layout, line
 from jaxlayout.accept import Verdict
 from jaxlayout.wrapped import jit_settings
 
@@ -32,8 +32,8 @@ def gains(costs, monkeypatch):
         line.original  # noqa: B018 - it must compile
         return Verdict(kept=ratio > least, reason="made up", ratio=ratio)
 
-    monkeypatch.setattr(tune, "OPTION_SETS", {"cpu": (EXTRA,)})
-    monkeypatch.setattr(tune._Line, "judge", judge)
+    monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (EXTRA,)})
+    monkeypatch.setattr(line._Line, "judge", judge)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     return found
 
@@ -116,7 +116,7 @@ def test_frozen(gains):
 
 
 def test_an_option_that_this_compiler_does_not_know(costs, monkeypatch):
-    monkeypatch.setattr(tune, "OPTION_SETS", {"cpu": ({"xla_no_such_option": "1"},)})
+    monkeypatch.setattr(line, "OPTION_SETS", {"cpu": ({"xla_no_such_option": "1"},)})
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     g = auto_layout(f)
     np.testing.assert_allclose(g(X, K), f(X, K), rtol=1e-6)

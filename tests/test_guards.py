@@ -36,7 +36,7 @@ from jaxlayout import (
     TableMiss,
     TableWarning,
     auto_layout,
-    tune,
+    line,
 )
 from jaxlayout.accept import MAX_TOLERANCE, compare, draws, liveliest
 from jaxlayout.convs.candidates import Candidate
@@ -180,7 +180,7 @@ BAD: list[tuple[type[Toy], str, str]] = [
 
 @pytest.mark.parametrize(("lowering", "status", "detail"), BAD, ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, status, detail):
-    monkeypatch.setattr(tune, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(line, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": lowering(), "xla": lowerings()["xla"]})
     used: list[str] = []
@@ -346,7 +346,7 @@ def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
 
     exported = Path(path).with_name("exported.json")
     table().export_json(exported)
-    monkeypatch.setattr(tune, "timing_lock", waiting)
+    monkeypatch.setattr(line, "timing_lock", waiting)
     f = auto_layout(conv, table=Path(path).with_name("another.sqlite"))
     monkeypatch.setenv("JAXLAYOUT_TABLE", str(Path(path).with_name("another.sqlite")))
     np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
@@ -457,7 +457,7 @@ def test_a_large_network_in_half_precision_has_no_free_pass(costs, monkeypatch):
     """c*eps*sqrt(K) would allow 100% of the rms: K is 8 million."""
     seen = []
     monkeypatch.setattr("jaxlayout.accept.compare", lambda *args: seen.append(args[-1]) or compare(*args))
-    monkeypatch.setattr(tune, "contraction", lambda jaxpr: 8_000_000)
+    monkeypatch.setattr(line, "contraction", lambda jaxpr: 8_000_000)
     auto_layout(conv)(X.astype(jnp.bfloat16), K.astype(jnp.bfloat16))
     assert seen == [MAX_TOLERANCE]
 
@@ -535,7 +535,7 @@ def test_whatever_goes_wrong_in_tuning_leaves_the_program_as_it_is(monkeypatch, 
     def broken(*_):
         raise ZeroDivisionError("the solver is tired")
 
-    monkeypatch.setattr(tune, "solve", broken)
+    monkeypatch.setattr(line, "solve", broken)
     f = auto_layout(conv, time_budget=0.0)
     np.testing.assert_allclose(f(X, K), conv(X, K))
     assert "the solver is tired" in f.outcome(X, K).verdict.reason
@@ -569,7 +569,7 @@ def test_on_miss_error_is_content_with_what_is_known(costs):
 
 @pytest.mark.parametrize("options", [{"on_miss": "heuristic"}, {"time_budget": 0.0}])
 def test_heuristics_measure_nothing(monkeypatch, options):
-    monkeypatch.setattr(tune, "measure", no_measuring)
+    monkeypatch.setattr(line, "measure", no_measuring)
 
     def depthwise(x, k):
         return lax.conv_general_dilated(
@@ -583,12 +583,12 @@ def test_heuristics_measure_nothing(monkeypatch, options):
     assert outcome.source == "heuristic"
     assert outcome.kept and not outcome.plan.trivial  # the policy knows depthwise convolutions to be slow in XLA
     assert table().counts() == {"measurements": 0, "plans": 0, "unsaved": 0}  # beliefs are not kept
-    monkeypatch.setattr(tune._Line, "run", None)
+    monkeypatch.setattr(line._Line, "run", None)
     assert f.outcome(x, k) == outcome  # but by this process, which would come to the same again
 
 
 def test_a_budget_is_for_the_process(costs, monkeypatch):
-    monkeypatch.setattr(tune.process_budget, "spent", lambda: 100.0)
+    monkeypatch.setattr(line.process_budget, "spent", lambda: 100.0)
     assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
     assert costs == []
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
@@ -627,11 +627,11 @@ def test_a_plan_is_saved_loaded_and_pinned(forced, monkeypatch, tmp_path):
     f.plan(X, K).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == f.plan(X, K) and not plan.trivial
-    monkeypatch.setattr(tune, "measure", no_measuring)
-    monkeypatch.setattr(tune._Line, "judge", no_measuring)
+    monkeypatch.setattr(line, "measure", no_measuring)
+    monkeypatch.setattr(line._Line, "judge", no_measuring)
     pinned = auto_layout(conv, plan=plan)
     with monkeypatch.context() as no_table:
-        no_table.setattr(tune, "open_table", no_measuring)
+        no_table.setattr(line, "open_table", no_measuring)
         assert str(pinned.trace(X, K).jaxpr) == str(f.trace(X, K).jaxpr)
         np.testing.assert_array_equal(pinned(X, K), f(X, K))
         assert pinned.outcome(X, K).source == "pinned" and pinned.outcome(X, K).kept
@@ -783,13 +783,13 @@ import logging, sys
 import jax, numpy as np
 from jax import lax
 import jaxlayout
-from jaxlayout import tune
+from jaxlayout import line
 from jaxlayout.convs import candidates, lowering
 candidates.lowerings = lambda: {"xla": lowering.lowerings()["xla"]}  # enough
 calls = []
-real_measure, real_judge = tune.measure, tune._Line.judge
-tune.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
-tune._Line.judge = lambda self, *plan: calls.append("judge") or real_judge(self, *plan)
+real_measure, real_judge = line.measure, line._Line.judge
+line.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
+line._Line.judge = lambda self, *plan: calls.append("judge") or real_judge(self, *plan)
 
 @jaxlayout.auto_layout
 def f(x, k, scale):
@@ -855,7 +855,7 @@ def test_a_table_that_can_only_be_read(costs, monkeypatch):
     asked = len(costs)
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda name, *a, **k: connect(name.replace("=rwc", "=ro"), *a, **k))
-    monkeypatch.setattr(tune, "_tables", {})
+    monkeypatch.setattr(line, "_tables", {})
     again = auto_layout(conv)
     np.testing.assert_array_equal(again(X, K), f(X, K))  # as it was deployed: without a warning
     assert again.outcome(X, K).source == "stored" and len(costs) == asked
@@ -901,7 +901,7 @@ def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
 
     jobs: list[str] = []
     interrupted = threading.Event()
-    real = tune.measure
+    real = line.measure
 
     def measure(these, **keywords):
         for job, found in real(these, **keywords):
@@ -912,7 +912,7 @@ def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
                 time.sleep(0.5)
             yield job, found
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(line, "measure", measure)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"xla": lowerings()["xla"]})
     f = auto_layout(two, verdict=False)
     with pytest.raises(KeyboardInterrupt):

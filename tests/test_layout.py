@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 
@@ -24,7 +25,6 @@ from jaxlayout.layout import (
 )
 from jaxlayout.layout.order import permuted
 
-CI = settings(deadline=None, derandomize=True, print_blob=True)
 ORDERS = st.integers(0, 5).flatmap(lambda rank: st.permutations(range(rank)).map(tuple))
 
 
@@ -160,7 +160,7 @@ def test_policies_prefer_an_order():
 # Orders
 
 
-@CI
+@examples(100)
 @given(ORDERS.flatmap(lambda held: st.tuples(st.just(held), st.permutations(held).map(tuple))))
 def test_a_conversion_takes_one_order_to_the_other(orders):
     held, wanted = orders
@@ -171,7 +171,7 @@ def test_a_conversion_takes_one_order_to_the_other(orders):
     assert conversion(held, held) == identity(len(held))
 
 
-@CI
+@examples(100)
 @given(ORDERS, st.data())
 def test_data_moves_where_more_than_unit_axes_change_places(order, data):
     shape = tuple(data.draw(st.sampled_from([1, 1, 2, 3])) for _ in order)
@@ -221,7 +221,7 @@ def test_one_transpose_or_a_reshape_or_nothing():
     assert primitives(to(()), jnp.zeros(())) == []
 
 
-@CI
+@examples(100)
 @given(ORDERS.flatmap(lambda a: st.tuples(st.just(a), st.permutations(a).map(tuple))), st.data())
 def test_any_conversion_of_any_shape(orders, data):
     held, wanted = orders

@@ -9,7 +9,8 @@ import math
 import jax
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from drawing import examples
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
@@ -150,7 +151,7 @@ def convs(draw, kinds=("pointwise", "depthwise", "dense", "grouped", "batch", "g
 WINDOW = {"padding": ((1, 1), (1, 1))}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@examples(100)
 @given(convs())
 @example(conv((2, 9, 9, 40), (3, 3, 1, 40), groups=40, **WINDOW))
 @example(conv((2, 9, 9, 40), (5, 5, 1, 80), groups=40, padding=((2, 2), (2, 2)), dtype="bfloat16"))
@@ -179,7 +180,7 @@ def test_equals_lax(c):
         np.testing.assert_array_equal(out, expected, err_msg=name)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@examples(40)
 @given(convs(kinds=("pointwise", "depthwise", "dense", "gradient"), dtypes=("float64",)))
 def test_equals_lax_in_double_precision(c):
     with jax.enable_x64(True):
@@ -188,7 +189,7 @@ def test_equals_lax_in_double_precision(c):
             np.testing.assert_array_equal(out, expected, err_msg=name)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(convs(dtypes=("float64", "int64", "complex128")))
 @example(conv((4, 5, 3), (2, 3, 4), batch_groups=2, dtype="float64"))
 @example(conv((4, 5, 6, 3), (5, 6, 3, 4), batch_groups=2, dtype="float64", rhs_dilation=(1, 2), **WINDOW))
@@ -232,7 +233,7 @@ def test_rounding_error(c):
         assert (np.abs(out.astype(np.float64) - exact) <= bound).all(), name
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(convs(dtypes=("float32",)), st.data())
 def test_not_a_number_spreads_no_farther(c, data):
     """One in lhs to no output that XLA keeps finite; a weight that is one to its own out feature at most (where it

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from drawing import examples
+from hypothesis import example, given
 from jax import lax
 from jax import numpy as jnp
 from test_guards import Toy, records
@@ -140,7 +141,7 @@ def test_peaks_of_this_machine():
     assert again.least_ns(10**9, 0) == pytest.approx(1e3 * 1e-9 / HEADROOM)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@examples(60)
 @given(convs(dtypes=("int32",)))
 @example(conv((2, 7, 7, 40), (7, 7, 1, 40), groups=40, padding=((3, 3), (3, 3)), dtype="int32"))
 def test_products(c):

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import export, lax
 from jax.extend.core.primitives import conv_general_dilated_p
@@ -251,13 +252,7 @@ def test_complex_and_integers():
         np.testing.assert_array_equal(found, wanted)
 
 
-@settings(
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    max_examples=30,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
+@examples(30)
 @given(st.data())
 def test_drawn_convolutions(data):
     sizes = st.sampled_from([1, 2, 3, 4])

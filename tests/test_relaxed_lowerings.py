@@ -10,7 +10,8 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from drawing import examples
+from hypothesis import example, given
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
@@ -77,14 +78,14 @@ def windows(draw, dtypes=("float32", "float64", "float16", "bfloat16")):
     return conv(*shapes, padding=padding, dtype=draw(st.sampled_from(dtypes)))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(windows())
 def test_winograd_is_accurate(c):
     for name in ("winograd2", "winograd4"):
         assert_accurate(name, c)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@examples(15)
 @given(windows(dtypes=("float32", "float16", "bfloat16")))
 def test_winograd2_is_exact_on_small_integers(c):
     """Its constants are powers of two; half precision, then, is rounded once."""
@@ -149,7 +150,7 @@ def large_kernels(draw):
     )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(large_kernels())
 def test_fft_is_accurate(c):
     assert_accurate("fft", c)
@@ -208,13 +209,13 @@ def inside(name, c, dims):
     return [full for full in inner if not is_relaxed(full)]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(stems())
 def test_space_to_depth_equals_lax(c):
     assert_exact("space_to_depth", c)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@examples(25)
 @given(narrow_groups())
 @example(conv((2, 8, 8, 24), (3, 3, 8, 9), groups=3, padding=SAME))  # all of them one
 @example(conv((2, 8, 8, 36), (3, 3, 2, 54), groups=18, padding=SAME))  # nine at a time

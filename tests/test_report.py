@@ -18,7 +18,8 @@ from conftest import measurement
 from jax import lax
 from rich.console import Console
 
-from jaxlayout import Explanation, auto_layout, tune
+from jaxlayout import Explanation, auto_layout
+from jaxlayout import line as stages
 from jaxlayout.accept import Verdict
 from jaxlayout.report import Step
 from jaxlayout.report.plots import lanes
@@ -59,7 +60,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(tune._Line, "judge", lambda line, plan, least=1.0: verdict)
+    monkeypatch.setattr(stages._Line, "judge", lambda line, plan, least=1.0: verdict)
 
 
 def shown(told, width):
@@ -99,7 +100,7 @@ def test_candidates_that_failed_are_told(forced, monkeypatch):
                 )
             yield job, found
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(stages, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     (site,) = told.sites
     assert [one.measurement.status for one in site.tried][-3:] == ["wrong", "failed", "pruned"]
@@ -180,7 +181,7 @@ def test_nothing_is_faster_than_what_was_written(costs, monkeypatch):
         for job in jobs:
             yield job, {name: measurement(1e6 + 1e6 * i) for i, name in enumerate(job.alternatives)}
 
-    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(stages, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     assert told.nothing_gained.startswith("Nothing could be gained: the forms and orders as written are the fastest")
     (site,) = told.sites

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 from jax.experimental import io_callback
@@ -36,12 +37,6 @@ from jaxlayout.layout import ConvDimensionNumbers, Order
 from jaxlayout.program import count_transposes, equations
 from jaxlayout.rewrite.retrace import retrace
 
-CI = settings(
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
 SEEDS = st.integers(0, 1000)
 
 
@@ -143,7 +138,7 @@ def assert_same(program: Program, found: Sequence[Any], wanted: Sequence[Any], *
             np.testing.assert_allclose(a, b, rtol=0, atol=20 * program.eps * scale)
 
 
-@settings(CI, max_examples=300)
+@examples(300)
 @given(programs(), SEEDS)
 def test_random_plans_change_the_program_as_they_say(program, seed):
     with program.config():
@@ -160,7 +155,7 @@ def test_random_plans_change_the_program_as_they_say(program, seed):
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@settings(CI, max_examples=120)
+@examples(120)
 @given(programs(), SEEDS)
 def test_random_plans_leave_the_values(program, seed):
     with program.config():
@@ -235,7 +230,7 @@ def by_vmap_of_vjp(fun: Callable[..., Any], program: Program, args: Sequence[Any
     return compiled(lambda given: jax.vmap(pull_back, in_axes=(None, 0))(given, cotangents), given)
 
 
-@settings(CI, max_examples=60)
+@examples(60)
 @given(programs(kinks=False), SEEDS, st.sampled_from([by_vjp, by_jvp, by_hvp, by_vmap, by_vmap_of_vjp]))
 def test_random_plans_leave_derivatives_and_batches(program, seed, transformed):
     with program.config():
@@ -515,7 +510,7 @@ def test_twice_is_once_for_a_chain(seed):
     assert text(retraced(new, again)) == text(new)
 
 
-@settings(CI, max_examples=100)
+@examples(100)
 @given(programs(), SEEDS)
 def test_twice_is_once(program, seed):
     with program.config():

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from drawing import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
 from programs import programs, random_layouts
@@ -178,13 +179,7 @@ def test_an_integer_program_agrees_about_the_demo_models(name):
     assert len(assert_optimal(graph, *random_costs(1, forbid=0.2)).conversions) > len(graph.sites) / 2
 
 
-@settings(
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    max_examples=80,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
-)
+@examples(80)
 @given(programs(), st.integers(0, 1000))
 def test_an_integer_program_agrees_about_drawn_programs(program, seed):
     with program.config():

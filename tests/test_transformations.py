@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from drawing import examples
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 from programs import Program, programs
-from test_retrace import CI, assert_same, inexact, real_part
+from test_retrace import assert_same, inexact, real_part
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
@@ -67,10 +68,9 @@ TRANSFORMATIONS: dict[str, Callable[[Function], Function]] = {
     "auto_layout": auto_layout,
 }
 FORWARD = {"jvp", "linearize"}
-TUNED = settings(CI, suppress_health_check=[*CI.suppress_health_check, HealthCheck.function_scoped_fixture])
 
 
-@settings(TUNED, max_examples=40)
+@examples(40)
 @given(programs(kinks=False, most=4), st.tuples(*[st.sampled_from(sorted(TRANSFORMATIONS))] * 3), st.integers(0, 2))
 def test_two_around_and_one_inside(program: Program, names: tuple[str, str, str], place: int):
     """`auto_layout` inside of all three, or between them."""

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -74,6 +75,8 @@ class Job:
     """Those of an alternative, where what it does is known. What has been measured in them stands for any other."""
     work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
     """The least that an alternative does: multiply-adds in float32, and bytes."""
+    make: Callable[[], Job] | None = None
+    """Makes the same job in another process; None where that cannot be."""
 
 
 def candidate_id(candidate: Candidate) -> str:
@@ -136,6 +139,7 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
         conv.context,
         lambda name: dims[name],
         work,
+        partial(conv_job, conv, ways),
     )
 
 
@@ -175,6 +179,7 @@ def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context:
         {"transpose": lambda x: lax.transpose(x, permutation)},
         inputs,
         context=context,
+        make=partial(transpose_job, shape, dtype, permutation, context),
     )
 
 

@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +29,9 @@ from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import Compiled, CompilerOptions, Job, available_memory, compile_in, measure
+from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
+from jaxlayout.costs.remote import Request, measure_elsewhere
 from jaxlayout.costs.table import CostTable
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
@@ -47,9 +50,9 @@ from jaxlayout.threads import Workers
 
 logger = logging.getLogger("jaxlayout")
 
-MEMORY_PRICES = (0.5, 4.0, *[32.0] * 6)
-"""What a byte of temporary memory costs, in passes over it, each time that the plan before needed too much; at the
-highest price one more lowering is ruled out each time."""
+MEMORY_PRICES = *[0.5] * 4, *[4.0] * 2, *[32.0] * 2
+"""What a byte of temporary memory costs, in passes over it, from try to try, as long as the plan needs too much. Each
+time one lowering more is ruled out too."""
 
 OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
@@ -95,7 +98,7 @@ def open_table(path: str | None) -> CostTable:
     return _tables.setdefault(path, CostTable(path))
 
 
-def tune(
+def decide(
     jaxpr: Any,
     args: Sequence[Any] | None,
     options: Options,
@@ -106,6 +109,7 @@ def tune(
     pinned: Plan | None = None,
     frozen: Sequence[bool] = (),
     written: Any = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
 ) -> Outcome:
@@ -113,9 +117,9 @@ def tune(
 
     `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
     if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
-    it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones. Raises
-    TableMiss if asked to, ValueError for a pinned plan that does not fit; whatever else goes wrong leaves the program
-    as it is, with the reason.
+    it against, where it is not the jaxpr itself. `executor`: has measurements done elsewhere. `args`: flat arguments to
+    judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
+    whatever else goes wrong leaves the program as it is, with the reason.
     """
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
@@ -128,7 +132,7 @@ def tune(
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
         told = compiler_options, choose_options
-        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, progress, stop))
+        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, executor, progress, stop))
         if (stored := line.stored()) is not None:
             return stored
         outcome = line.run()
@@ -148,7 +152,7 @@ def tune(
 def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
     """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
     by measuring, not judged; the empty one where that cannot be known. Raises TableMiss if asked to."""
-    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, progress, stop))
+    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
     return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
@@ -174,7 +178,7 @@ def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What `tune` was asked; see there."""
+    """What `decide` was asked; see there."""
 
     jaxpr: Any
     args: Sequence[Any] | None
@@ -184,6 +188,7 @@ class _Task:
     choose_options: bool
     frozen: Sequence[bool]
     written: Any
+    executor: Executor | None
     progress: Progress
     stop: threading.Event
 
@@ -205,6 +210,7 @@ class _Line:
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
+        self.here = current_environment(self.device, compiled)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""}
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
@@ -277,7 +283,8 @@ class _Line:
         timed = self.measure("convolutions", missing)
         complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
-        outcome, refused = untouched("tuning was interrupted"), ""
+        outcome, refused, innocent = untouched("tuning was interrupted"), "", set()
+        suspect, least = None, np.inf
         for price in MEMORY_PRICES:
             self.model.byte_ns = price / self.model.policy.bytes_per_ns
             plan, more = self.solve(graph)
@@ -293,8 +300,12 @@ class _Line:
                 verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
                 return replace(outcome, verdict=verdict)
             refused = refused or f" (of the plan that should be fastest: {outcome.verdict.reason})"
-            if price == MEMORY_PRICES[-1] and not self.forbid_hungriest(graph, plan):
-                break
+            if suspect is not None and (outcome.verdict.tuned_temp or 0) >= least:  # it was not its fault
+                self.model.forbidden.remove(suspect)
+                innocent.add(suspect)
+            least = min(least, outcome.verdict.tuned_temp or np.inf)
+            if (suspect := self.hungriest(graph, plan, innocent)) is not None:
+                self.model.forbidden.add(suspect)
         return outcome
 
     def sealed(self, plan: Plan) -> list[int]:
@@ -342,24 +353,41 @@ class _Line:
         if self.options.on_miss == "error":
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
+        if self.task.executor is not None:  # its workers may be of this machine, and take the lock
+            with process_budget.spending():
+                self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
         with timing_lock(notify=logger.info), process_budget.spending():
             left = [job for job in jobs if not self.model.learned(job)]  # while this waited for the lock
-            done = len(jobs) - len(left)
-            for job, found in measure(
+            here = measure(
                 left,
                 device=self.device,
                 memory_bytes=available_memory(self.device),
                 relax=self.options.relax,
                 compiler_options=self.compiler_options,
                 peaks=self.model.peaks(self.device, self.compiler_options),
-            ):
-                self.model.record(job.key, found)
-                done += 1
-                self.progress.step()
-                if self.out_of_time():
-                    logger.info("%d of %d %s measured, then stopped", done, len(jobs), what)
-                    break
+            )
+            done = len(jobs) - len(left) + self.keep(here)
+        if done < len(jobs):
+            logger.info("%d of %d %s measured, then stopped", done, len(jobs), what)
         return done
+
+    def keep(self, measured: Iterator[tuple[Job, dict[str, Measurement]]]) -> int:
+        """Enter what is measured into the table, until time is up. Gives how many jobs were."""
+        done = 0
+        while not self.out_of_time() and (one := next(measured, None)) is not None:
+            self.model.record(one[0].key, one[1])
+            self.progress.step()
+            done += 1
+        return done
+
+    def request(self, job: Job) -> Request:
+        """A job for the workers of an executor."""
+        return Request(
+            make=job.make,
+            environment=self.here,
+            compiler_options=self.compiler_options,
+            relax=self.options.relax,
+        )
 
     def out_of_time(self) -> bool:
         return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
@@ -444,9 +472,11 @@ class _Line:
         drawn = () if needs_real_arguments(self.jaxpr) else draws(self.shapes)
         return liveliest(self.original, itertools.chain(given, drawn))
 
-    def forbid_hungriest(self, graph: LayoutGraph, plan: Plan) -> bool:
-        """Rule out one chosen lowering at one convolution: of those in whose run most memory is alive (more than
-        half of the most), the one that is the least loss for it. Gives whether there was any."""
+    def hungriest(
+        self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]
+    ) -> tuple[str, str] | None:
+        """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
+        most memory is alive (more than half of the most), the one that is the least loss for it."""
         needs: dict[tuple[str, str], int] = {}
         losses: dict[tuple[str, str], float] = {}
         for node in graph.sites:
@@ -454,15 +484,15 @@ class _Line:
             if node.conv is None or mode is None or mode.candidate is None or mode == node.modes[0]:
                 continue
             key = node.conv.key, mode.candidate.lowering
+            if key in innocent:
+                continue
             found = self.model.measurement(node.conv, mode.candidate)
             needs[key] = node.conv.nbytes + ((found and found.temp_bytes) or 0)
             others = [m for m in node.modes if m.candidate and m.candidate.lowering != mode.candidate.lowering]
             loss = min((self.model.node_ns(node, m) for m in others), default=np.inf) - self.model.node_ns(node, mode)
-            losses[key] = losses.get(key, 0.0) + max(0.0, loss)
+            losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
         hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
-        if hungry:
-            self.model.forbidden.add(max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3)))
-        return bool(hungry)
+        return max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3), default=None)
 
 
 def contraction(jaxpr: Any) -> float:
