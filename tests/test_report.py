@@ -83,7 +83,7 @@ def test_what_was_chosen_and_against_what(forced):
     for site in told.sites:
         assert not site.chosen.written and site.chosen.candidate.lowering == "xla"
         times = [one.measurement.median_ns for one in site.tried]
-        assert times == sorted(times) and site.tried[0].chosen and site.tried[-1].written
+        assert times == sorted(times) and site.tried[-1].written
         assert {one.measurement.status for one in site.tried} == {"ok"}
     assert len(depthwise.tried) > 3 and "shifted" in {one.candidate.lowering for one in depthwise.tried}
     assert "xla:NCHW,OIHW->NCHW" in str(first) and "chosen" in str(first)

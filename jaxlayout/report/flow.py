@@ -16,6 +16,8 @@ from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.report.value import Step
 
 Wiring = tuple[dict[int, tuple[int, int]], dict[int, dict[int, list[int]]]]
+Letters = tuple[str, ...]
+"""What the axes of a value are, to a convolution."""
 ANCHORS = ("site", "input", "output", "barrier")
 """What has its order of itself, and does not follow others."""
 
@@ -98,13 +100,13 @@ def axis_letters(graph: LayoutGraph, equations: Mapping[Path, Any]) -> dict[int,
         for value in dict.fromkeys((*node.operands, *node.results)):
             touching.setdefault(value, []).append((node, equations.get(node.path)))
 
-    def learn(value: int, found: Sequence[str]) -> None:
-        left = deque([(value, tuple(found))])
+    def learn(value: int, found: Letters) -> None:
+        left = deque([(value, found)])
         while left:
             value, found = left.popleft()
             if value < 0 or value in letters or not all(found) or len(found) != len(graph.values[value].shape):
                 continue
-            letters[value] = tuple(found)
+            letters[value] = found
             for node, eqn in touching[value]:
                 left.extend(_passed_on(node, eqn, letters))
 
@@ -117,7 +119,7 @@ def axis_letters(graph: LayoutGraph, equations: Mapping[Path, Any]) -> dict[int,
                 dims = written_order(eqn.params)
                 layouts = zip((*node.operands, *node.results), (dims.lhs, dims.rhs, dims.out), roles, strict=True)
                 for value, layout, named in layouts:
-                    learn(value, layout.axes.translate(named))
+                    learn(value, tuple(layout.axes.translate(named)))
     return letters
 
 
@@ -131,7 +133,7 @@ def is_derived(eqn: Any) -> bool:
     return "transpose(" in str(eqn.source_info.name_stack)
 
 
-def _passed_on(node: Node, eqn: Any, letters: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, list[str]]]:
+def _passed_on(node: Node, eqn: Any, letters: Mapping[int, Sequence[str]]) -> Iterator[tuple[int, Letters]]:
     """What the letters of some of a node's values say of the others."""
     values, axes = _labelled(node, eqn)
     named: dict[int, str] = {}
@@ -142,7 +144,7 @@ def _passed_on(node: Node, eqn: Any, letters: Mapping[int, Sequence[str]]) -> It
     for value, groups in zip(values, axes, strict=True):
         known = [all(label in named for label in group) for group in groups]
         if all(known):
-            yield value, ["".join(named[label] for label in group) or "1" for group in groups]
+            yield value, tuple("".join(named[label] for label in group) or "1" for group in groups)
 
 
 def _labelled(node: Node, eqn: Any) -> tuple[tuple[int, ...], Sequence[Any]]:

@@ -73,7 +73,7 @@ def _convolutions(told: Explanation) -> str:
     for group in groups(told):
         site, written, chosen = group.first, group.first.written, group.first.chosen
         place = "<br>".join([*map(escape, group.places), f'<span class="dim">{escape(scope(site))}</span>'])
-        what = f'{escape(site.kind)}<br><span class="dim">{escape(shapes(site))}</span>'
+        what = f'{escape(site.kind)}, {escape(site.dtype)}<br><span class="dim">{escape(shapes(site))}</span>'
         before, after = facts(written)[0], facts(chosen)[0]
         if written.chosen:
             form, time = f'<code>{escape(str(written.candidate))}</code> <span class="dim">as written</span>', before

@@ -10,6 +10,7 @@ from typing import Any
 
 try:
     from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
     from matplotlib.colors import LogNorm, to_rgb
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -44,7 +45,8 @@ def costs(site: Site) -> Figure:
     every = Counter(dims for _, dims in cells)
     columns = sorted(every, key=lambda dims: min(_ns(one) or math.inf for (_, d), one in cells.items() if d == dims))
     known = [ns for one in cells.values() if (ns := _ns(one))]
-    norm = LogNorm(min(known) / 1e6, max(max(known), 1.01 * min(known)) / 1e6) if known else None
+    least, most = (min(known) / 1e6, max(max(known), 1.01 * min(known)) / 1e6) if known else (1.0, 10.0)
+    norm = LogNorm(least, most)
     longest = max(map(len, rows))
     wide, left = 1.15, 0.35 + 0.085 * longest
     figure = _figure(left + wide * len(columns) + 1.2, 1.45 + 0.42 * len(rows))
@@ -57,7 +59,7 @@ def costs(site: Site) -> Figure:
             if one is None:
                 continue
             ns = _ns(one)
-            shade = colours(norm(ns / 1e6)) if ns and norm else "#F2F2F2"
+            shade = colours(norm(ns / 1e6)) if ns else "#F2F2F2"
             axes.add_patch(Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="white", linewidth=1.5))
             ink = "white" if ns and _is_dark(shade) else INK
             status = "not measured" if one.measurement is None else one.measurement.status
@@ -78,18 +80,16 @@ def costs(site: Site) -> Figure:
     axes.tick_params(length=0, top=False, bottom=False, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
     figure.text(0.15 / width, 1 - 0.2 / height, f"{site.kind}   {where(site)}", fontsize=10, weight="bold", va="center")
-    figure.text(0.15 / width, 1 - 0.42 / height, shapes(site), fontsize=8, color=GREY, va="center")
+    figure.text(0.15 / width, 1 - 0.42 / height, f"{shapes(site)} {site.dtype}", fontsize=8, color=GREY, va="center")
     marks = [Line2D([], [], color=VERMILLION, linewidth=2.4, label="chosen")]
     if not site.written.chosen:
         marks.append(Line2D([], [], color=INK, linewidth=2.4, linestyle=(0, (2, 1.5)), label="written"))
     figure.legend(handles=marks, loc="upper left", bbox_to_anchor=(0.07 / width, 1 - 0.53 / height), ncols=2,
                   fontsize=8, frameon=False, borderpad=0)  # fmt: skip
-    if norm:
+    if known:
         bar = figure.add_axes((1 - 1.0 / width, 0.25 / height, 0.13 / width, 0.42 * len(rows) / height))
-        from matplotlib.cm import ScalarMappable
-
         scale = figure.colorbar(ScalarMappable(norm, colours), cax=bar)
-        ticks = [norm.vmin, math.sqrt(norm.vmin * norm.vmax), norm.vmax] if len(rows) > 2 else [norm.vmin, norm.vmax]
+        ticks = [least, math.sqrt(least * most), most] if len(rows) > 2 else [least, most]
         scale.set_ticks(ticks, labels=[ms(1e6 * tick) for tick in ticks], minor=False)
         scale.minorticks_off()
         scale.ax.tick_params(labelsize=8)
@@ -122,7 +122,8 @@ def predicted(told: Explanation) -> Figure:
     found = sorted(
         groups(told), key=lambda group: -group.runs * max(_ns(group.first.written) or 0, _ns(group.first.chosen) or 0)
     )
-    shown, others = found[:MOST_BARS], found[MOST_BARS:]
+    few = len(found) <= MOST_BARS + 1
+    shown, others = (found, []) if few else (found[:MOST_BARS], found[MOST_BARS:])
     bars = [(f"{group.first.kind}  {_arrays(group)}", *_both(group)) for group in shown]
     if others:
         sums = [sum(pair) for pair in zip(*map(_both, others), strict=True)]

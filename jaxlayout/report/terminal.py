@@ -96,7 +96,7 @@ def _convolutions(told: Explanation) -> Table:
             place.append(f"and {len(group.places) - 3} more places\n", style="dim")
         place.append(scope(site) + (f" and {len(group.sites) - 1} more" if len(group.sites) > 1 else ""), style="dim")
         place.rstrip()
-        what = Text(f"{site.kind}\n").append(shapes(site), style="dim")
+        what = Text(f"{site.kind}, {site.dtype}\n").append(shapes(site), style="dim")
         if written.chosen:
             form, time = Text(f"{written.candidate}\n").append("as written", style="dim"), Text(before)
         else:
@@ -104,7 +104,7 @@ def _convolutions(told: Explanation) -> Table:
             time = Text(f"{before}\n", style="dim").append(after, style="not dim green")
         rows.append((group.numbers, place, what, form, time, times(group.runs)))
     columns = [
-        ("#", {}),
+        ("#", {"max_width": 8}),
         ("where", {"ratio": 3}),
         ("convolution", {"ratio": 3}),
         ("form", {"ratio": 3, "min_width": 26}),

@@ -172,9 +172,9 @@ def scope(site: Site) -> str:
 
 
 def shapes(site: Site) -> str:
-    """Its arrays: "8x56x56x64 * 3x3x64x64 = 8x56x56x64 float32"."""
+    """Its arrays: "8x56x56x64 * 3x3x64x64 → 8x56x56x64"."""
     lhs, rhs, out = ("x".join(map(str, shape)) for shape in (site.lhs, site.rhs, site.out))
-    return f"{lhs} * {rhs} → {out} {site.dtype}"
+    return f"{lhs} * {rhs} → {out}"
 
 
 def times(count: float) -> str:
