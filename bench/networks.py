@@ -104,9 +104,7 @@ CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
 def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:
     """The best plan whose candidates, beside the written one, all pass `keep(candidate, written)`."""
     device = jax.devices()[0]
-    model = CostModel(
-        open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_device(device)
-    )
+    model = CostModel(open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_device(device))
     graph = build_graph(jaxpr, lambda conv, w: [c for c in candidates(conv, w) if c == w or keep(c, w)])
     while True:
         plan = solve(graph, model.node_ns, model.conversion_ns)
