@@ -231,7 +231,7 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
 def explained(name: str, conv: ConvSignature, written: Candidate, tuned: AutoLayout, outcome: Outcome) -> str:
     """All that was measured for a case, the fastest first."""
     device = jax.devices()[0]
-    policy = LayoutPolicy.for_platform(device.platform)
+    policy = LayoutPolicy.for_device(device)
     model = CostModel(open_table(tuned.options.table), current_environment(device).fingerprint, policy)
     marks = {candidate_id(written): " (written)"}
     marks[candidate_id(chosen(outcome, written))] = " (chosen)"

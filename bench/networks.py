@@ -105,7 +105,7 @@ def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Ca
     """The best plan whose candidates, beside the written one, all pass `keep(candidate, written)`."""
     device = jax.devices()[0]
     model = CostModel(
-        open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_platform(device.platform)
+        open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_device(device)
     )
     graph = build_graph(jaxpr, lambda conv, w: [c for c in candidates(conv, w) if c == w or keep(c, w)])
     while True:

@@ -47,6 +47,11 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
     The first call with arguments of new shapes tunes the function: measures what the cost table does not know,
     plans, compares the rewritten function with the original in numbers, memory and time, and keeps the better.
 
+    That is `policy='auto'`. Under 'channels_last' every convolution is put channels last, through XLA and without any
+    measuring or comparing: cheap, alike on every machine, and not guaranteed to be no slower than what was written. A
+    program with more than 100 other equations for each convolution is left alone. Under 'off' the function is compiled
+    as it is.
+
     Args:
       fun: a function, or one already compiled by `jax.jit` or `auto_layout`, which keeps what that was told.
       plan: a plan made elsewhere (see `AutoLayout.plan`, `Plan.load`), used without measuring or judging.
@@ -90,7 +95,7 @@ class AutoLayout:
         self._tuning = threading.Lock()
         self._picker = Measured(options)
         self._told = told
-        self._compile_with(None if pinned is None else pinned.compiler_options)
+        self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **told)
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
 
@@ -225,7 +230,8 @@ class AutoLayout:
         @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
             config: Any = jax.config
-            if config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, or searched for a NaN
+            plain = self.options.policy == "off" and seen is None
+            if plain or config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
@@ -243,10 +249,15 @@ class AutoLayout:
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
                 seen((jaxpr, outcome, concrete))
-            picker = None if decides else self._picker  # under a transformation others may be derived
+            picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
         return body
+
+    def _picker_for(self, outcome: Outcome) -> Measured | None:
+        """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
+        left = self.options.policy != "auto" and outcome.source == "none"
+        return None if left else self._picker
 
     def _concrete(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, where they are all real (they are not

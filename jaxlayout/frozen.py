@@ -124,7 +124,7 @@ class Frozen:
             self._refuse_again(len(args), kwargs)
             self._static[tree] = self._marked("static", args, kwargs, self._count)
         static = self._static[tree]
-        if self._is_traced or config.jax_disable_jit:
+        if self._is_traced or config.jax_disable_jit or self._layout.options.policy == "off":
             return None, []
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
@@ -164,7 +164,8 @@ class Frozen:
             jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
             frozen = [True] * len(outer) + frozen
         concrete = arrays if context == "entry" and all(map(is_real, arrays)) else None
-        program = fold(jaxpr, frozen, arrays)
+        judged = self._layout.options.policy == "auto"  # folding rounds kernels anew: only where numbers are compared
+        program = fold(jaxpr, frozen, arrays) if judged else jaxpr
         choose = context == "entry" and not whole
         written = None if program is jaxpr else jaxpr
         outcome = self._layout._tuned(program, concrete, context, frozen, written, choose)
@@ -172,7 +173,7 @@ class Frozen:
             program = jaxpr
             outcome = self._layout._tuned(program, concrete, context, frozen, None, choose)
 
-        picker = self._layout._picker if whole else None  # for what is derived from convolutions that stay whole
+        picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
         split = Split.of(flattened(chosen, arrays, expand=not whole), frozen)
 

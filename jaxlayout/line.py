@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,6 +33,7 @@ from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.remote import Request, measure_elsewhere
 from jaxlayout.costs.table import CostTable
+from jaxlayout.forced import force
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
@@ -119,8 +120,11 @@ def decide(
     if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
     it against, where it is not the jaxpr itself. `executor`: has measurements done elsewhere. `args`: flat arguments to
     judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
-    whatever else goes wrong leaves the program as it is, with the reason.
+    whatever else goes wrong leaves the program as it is, with the reason. Under the policy 'channels_last' nothing is
+    measured, judged, or asked of the table; 'off' wins over a pinned plan.
     """
+    if options.policy == "off":
+        return untouched("it is switched off: policy 'off'")
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
     if pinned is not None:
@@ -131,6 +135,8 @@ def decide(
         return untouched("it has no convolution")
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
+        if options.policy == "channels_last":
+            return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
         told = compiler_options, choose_options
         line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, executor, progress, stop))
         if (stored := line.stored()) is not None:
@@ -151,7 +157,10 @@ def decide(
 
 def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
     """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
-    by measuring, not judged; the empty one where that cannot be known. Raises TableMiss if asked to."""
+    by measuring, not judged, or as the policy has it; the empty one where that cannot be known. Raises TableMiss if
+    asked to."""
+    if options.policy == "channels_last":
+        return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
     line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
@@ -169,7 +178,7 @@ def cost_model(options: Options, device: Any, context: Context, compiler_options
     environment = current_environment(device, _compiled(compiler_options)).fingerprint
     if options.numerics != "strict":
         environment += f"-{options.numerics}"
-    return CostModel(open_table(options.table), environment, LayoutPolicy.for_platform(device.platform), context)
+    return CostModel(open_table(options.table), environment, LayoutPolicy.for_device(device), context)
 
 
 def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
@@ -263,10 +272,11 @@ class _Line:
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
-            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
+            believed = Candidate("xla", self.model.policy.preferred(conv.rank, conv.lhs_dtype))
+            every = dict.fromkeys((*ways, believed))
+            return [way for way in every if way == written or self.worth(conv, way, wanted)]
 
-        still = still_values(self.jaxpr, self.frozen) if any(self.frozen) else ()
-        return build_graph(self.jaxpr, enumerate_candidates, self.context, still)
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
 
     def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
@@ -380,10 +390,10 @@ class _Line:
             done += 1
         return done
 
-    def request(self, job: Job) -> Request:
+    def request(self, make: Callable[[], Job]) -> Request:
         """A job for the workers of an executor."""
         return Request(
-            make=job.make,
+            make=make,
             environment=self.here,
             compiler_options=self.compiler_options,
             relax=self.options.relax,
@@ -493,6 +503,11 @@ class _Line:
             losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
         hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
         return max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3), default=None)
+
+
+def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
+    """The variables that are computed once, where some arguments are frozen."""
+    return still_values(jaxpr, frozen) if any(frozen) else ()
 
 
 def contraction(jaxpr: Any) -> float:

@@ -17,7 +17,7 @@ class Outcome:
     verdict: Verdict
     source: str
     """Where the plan came from: measured, stored, pinned, nearest (measured, starting from the plan of another
-    shape), heuristic, or none."""
+    shape), heuristic, forced (by the policy 'channels_last'), or none."""
     seconds: float = 0.0
     """Spent on tuning when the plan was made."""
     measured: int = 0

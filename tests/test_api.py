@@ -787,7 +787,7 @@ def measure(jobs, **_):
                     runs=9, error=0.0, temp_bytes=0, program="") for name in (written, *others)}
 
 line.measure = measure
-devices, real = [], api.tune
+devices, real = [], api.decide
 api.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
 
 def conv(x, k):
@@ -1022,6 +1022,8 @@ def test_a_loop_that_might_not_end_is_not_run_on_made_up_arguments(judged):
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
+        ("policy", "channels_last", "channels_last"),
+        ("policy", "off", "off"),
         ("on_miss", "heuristic", "heuristic"),
         ("time_budget", "12.5", 12.5),
         ("memory_limit", "2", 2.0),
@@ -1052,6 +1054,7 @@ def test_every_option_is_tested():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("policy", "channels_first"),
         ("on_miss", "guess"),
         ("time_budget", -1.0),
         ("time_budget", float("nan")),

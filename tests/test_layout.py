@@ -17,7 +17,6 @@ from jaxlayout.layout import (
     ConvDimensionNumbers,
     ConvLayout,
     KernelLayout,
-    LayoutPolicy,
     LayoutTensor,
     conversion,
     identity,
@@ -147,16 +146,6 @@ def test_dimension_numbers_have_one_rank(text):
         ConvDimensionNumbers.parse(text)
 
 
-def test_policies_prefer_an_order():
-    for platform in ("cpu", "gpu", "cuda", "rocm", "tpu", "metal"):
-        policy = LayoutPolicy.for_platform(platform)
-        assert str(policy.preferred(2)) == "NHWC,HWIO->NHWC"
-        assert policy.conversion_ns(1000) > 0
-    assert LayoutPolicy.for_platform("cuda") == LayoutPolicy.for_platform("gpu")
-    first = LayoutPolicy(name="mine", channels_last=False)
-    assert str(first.preferred(3)) == "NCDHW,OIDHW->NCDHW"
-
-
 # Orders
 
 
@@ -191,33 +180,35 @@ def primitives(fun, *args):
 def test_a_tensor_in_its_own_order_is_itself():
     tensor = LayoutTensor.logical(jnp.zeros((2, 3, 4)))
     assert tensor.order == (0, 1, 2)
-    assert tensor.to((0, 1, 2)) is tensor
+    assert tensor.to_layout((0, 1, 2)) is tensor
 
 
 def test_a_tensor_keeps_its_logical_shape_and_values():
     array = jnp.arange(24.0).reshape(2, 3, 4)
     tensor = LayoutTensor.logical(array)
     for order in itertools.permutations(range(3)):
-        moved = tensor.to(order)
+        moved = tensor.to_layout(order)
         assert moved.order == order and moved.shape == (2, 3, 4)
         np.testing.assert_array_equal(moved.data, array.transpose(order))
-        np.testing.assert_array_equal(moved.to((0, 1, 2)).data, array)
+        np.testing.assert_array_equal(moved.to_layout((0, 1, 2)).data, array)
         for other in itertools.permutations(range(3)):
-            np.testing.assert_array_equal(moved.to(other).data, array.transpose(other))
+            np.testing.assert_array_equal(moved.to_layout(other).data, array.transpose(other))
 
 
 def test_one_transpose_or_a_reshape_or_nothing():
     def to(order):
-        return lambda x: LayoutTensor.logical(x).to(order).data
+        return lambda x: LayoutTensor.logical(x).to_layout(order).data
 
     x = jnp.zeros((2, 1, 3, 1))
     assert primitives(to((0, 1, 2, 3)), x) == []
     assert primitives(to((1, 0, 3, 2)), x) == ["reshape"]
     assert primitives(to((2, 1, 0, 3)), x) == ["transpose"]
     assert jax.eval_shape(to((1, 0, 3, 2)), x).shape == (1, 2, 1, 3)
-    assert (
-        primitives(lambda x: LayoutTensor.logical(x).to((2, 0, 1)).to((0, 1, 2)).data, x[..., 0]) == ["transpose"] * 2
-    )
+
+    def there_and_back(x):
+        return LayoutTensor.logical(x).to_layout((2, 0, 1)).to_layout((0, 1, 2)).data
+
+    assert primitives(there_and_back, x[..., 0]) == ["transpose"] * 2
     assert primitives(to(()), jnp.zeros(())) == []
 
 
@@ -227,7 +218,7 @@ def test_any_conversion_of_any_shape(orders, data):
     held, wanted = orders
     shape = tuple(data.draw(st.sampled_from([0, 1, 1, 2, 3])) for _ in held)
     array = np.arange(np.prod(shape, dtype=int), dtype=np.int32).reshape(shape)
-    tensor = LayoutTensor(jnp.asarray(array.transpose(held)), held).to(wanted)
+    tensor = LayoutTensor(jnp.asarray(array.transpose(held)), held).to_layout(wanted)
     assert tensor.shape == shape
     np.testing.assert_array_equal(tensor.data, array.transpose(wanted))
 
@@ -237,7 +228,7 @@ def test_tensors_pass_through_transformations():
     tensor = LayoutTensor.logical(array)
 
     def moved(tensor):
-        return tensor.to((2, 0, 1))
+        return tensor.to_layout((2, 0, 1))
 
     out = jax.jit(moved)(tensor)
     assert isinstance(out, LayoutTensor) and out.order == (2, 0, 1)
@@ -254,4 +245,5 @@ def test_tensors_pass_through_transformations():
 
     leaves, treedef = jax.tree.flatten(tensor)
     assert leaves == [array] or leaves[0] is array
-    assert jax.tree.unflatten(treedef, leaves) == LayoutTensor(array, (0, 1, 2))
+    again = jax.tree.unflatten(treedef, leaves)
+    assert again.data is array and again.order == (0, 1, 2)

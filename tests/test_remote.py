@@ -50,9 +50,8 @@ def jobs(*features: int) -> list[Job]:
     return found
 
 
-def request(job: Job) -> Request:
-    assert job.make is not None
-    return Request(make=job.make, environment=current_environment(), compiler_options=None, relax=1.0)
+def request(make: Any) -> Request:
+    return Request(make=make, environment=current_environment(), compiler_options=None, relax=1.0)
 
 
 def elsewhere(executor: Executor, work: list[Job], asked: Any = request) -> dict[str, Any]:
@@ -113,8 +112,8 @@ def test_a_pool_that_takes_nothing():
 
 @pytest.mark.parametrize("name, value", [("jaxlib", "0.0.1"), ("cores", 1000), ("cpu", "abacus")])
 def test_a_worker_unlike_this_place_is_refused_by_name(caplog, name, value):
-    def asked(job: Job) -> Request:
-        return replace(request(job), environment=replace(current_environment(), **{name: value}))
+    def asked(make: Any) -> Request:
+        return replace(request(make), environment=replace(current_environment(), **{name: value}))
 
     executor = Here()
     with caplog.at_level(logging.WARNING, "jaxlayout"):
@@ -125,7 +124,7 @@ def test_a_worker_unlike_this_place_is_refused_by_name(caplog, name, value):
 
 def test_a_job_is_made_with_the_settings_of_this_place():
     with jax.enable_x64(True), jax.default_matmul_precision("highest"):
-        asked = request(jobs(1)[0])
+        asked = request(jobs(1)[0].make)
     assert asked().refused == ""  # it sets them itself
 
 

@@ -124,6 +124,11 @@ class ConvSignature:
         return self.feature_groups == self.in_features > 1 and self.batch_groups == 1
 
     @property
+    def kind(self) -> str:
+        """'depthwise', 'grouped' or 'dense', as a `LayoutPolicy` tells them apart."""
+        return "depthwise" if self.is_depthwise else "grouped" if self.feature_groups > 1 else "dense"
+
+    @property
     def is_pointwise(self) -> bool:
         """Every output element reads one input position: a 1x1 kernel without padding or lhs dilation."""
         return (

@@ -10,11 +10,11 @@ from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
 
-def views(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array) -> Iterator[jax.Array]:
-    """lhs, padded, as each tap meets it at all positions of out, tap by tap; for a kernel gradient, as each position of
-    out meets it at all taps. Without lhs dilation, and where out has positions."""
+def views(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, *, by_position: bool) -> Iterator[jax.Array]:
+    """lhs, padded, as each tap meets it at all positions of out, tap by tap; `by_position`: as each position of out
+    meets it at all taps. Without lhs dilation, and where out has positions."""
     starts, starting, steps, sizes = conv.kernel, conv.rhs_dilation, conv.strides, conv.out_spatial
-    if conv.is_kernel_gradient:
+    if by_position:
         starts, starting, steps, sizes = conv.out_spatial, conv.strides, conv.rhs_dilation, conv.kernel
     axes = [dims.lhs.axes.index(a) for a in dims.lhs.spatial]
     padding = [(0, 0, 0)] * lhs.ndim

@@ -108,8 +108,9 @@ class CostModel:
 
     def prior_ns(self, conv: ConvSignature, candidate: Candidate) -> float:
         """What the policy believes."""
-        kind = "depthwise" if conv.is_depthwise else "grouped" if conv.feature_groups > 1 else "dense"
-        return self.policy.conv_ns(kind, candidate.lowering, candidate.dims, conv.macs, conv.nbytes)
+        return self.policy.conv_ns(
+            conv.kind, candidate.lowering, candidate.dims, conv.macs, conv.nbytes, conv.lhs_dtype
+        )
 
     def conversion_ns(self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
         """The cost of one transpose of a value of logical `shape`; where it is not measured, less than it can

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -68,21 +68,24 @@ class Reply:
 
 
 def measure_elsewhere(
-    jobs: Sequence[Job], executor: Executor, request: Callable[[Job], Request], stop: Callable[[], bool]
+    jobs: Sequence[Job],
+    executor: Executor,
+    request: Callable[[Callable[[], Job]], Request],
+    stop: Callable[[], bool],
 ) -> Iterator[tuple[Job, Records]]:
     """The records of jobs as they come in. One whose worker dies, or is unlike this place, is sent once more; what
     still has no records then is left out. Jobs that cannot travel are left out too. `stop`: asked now and then."""
     pending: dict[Future[Reply], _Sent] = {}
 
-    def send(job: Job, before: str = "") -> None:
+    def send(job: Job, make: Callable[[], Job], again: bool = False) -> None:
         try:
-            pending[executor.submit(request(job))] = _Sent(job, before)
+            pending[executor.submit(request(make))] = _Sent(job, make, again)
         except Exception as error:  # a pool that is broken, or closed
             logger.warning("%s cannot be sent: %r", job.key, error)
 
     for job in jobs:
         if job.make is not None:
-            send(job)
+            send(job, job.make)
     try:
         while pending and not stop():
             done, _ = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -97,9 +100,9 @@ def measure_elsewhere(
                     if not failure:
                         yield sent.job, reply.records
                         continue
-                logger.warning("%s: %s%s", sent.job.key, failure, "" if sent.before else "; sent once more")
-                if not sent.before:
-                    send(sent.job, failure)
+                logger.warning("%s: %s%s", sent.job.key, failure, "" if sent.again else "; sent once more")
+                if not sent.again:
+                    send(sent.job, sent.make, again=True)
     finally:
         for future in pending:
             future.cancel()
@@ -108,8 +111,8 @@ def measure_elsewhere(
 @dataclass(frozen=True, slots=True)
 class _Sent:
     job: Job
-    before: str = field(default="")
-    """Why it is not the first time."""
+    make: Callable[[], Job]
+    again: bool
 
 
 def _differences(wanted: Environment, found: Environment) -> str:

@@ -28,8 +28,11 @@ class _Layout:
     """The role of each axis, first axis first."""
 
     features: ClassVar[str]
+    example: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.axes, str):
+            raise TypeError(f"{type(self).__name__}({self.axes!r}): expected text such as {self.example!r}")
         axes = self.axes.upper()
         spatial = [a for a in axes if a not in self.features]
         names = spatial_names(len(spatial))
@@ -54,13 +57,35 @@ class _Layout:
     @property
     def spec(self) -> tuple[int, ...]:
         """As `jax.lax` counts it: where the two feature axes and then the spatial axes stand."""
-        return tuple(self.axes.index(a) for a in self.features + self.spatial)
+        return tuple(map(self.axes.index, self._names(len(self.axes))))
 
     @classmethod
     def from_spec(cls, spec: Sequence[int]) -> Self:
-        """The inverse of `spec`."""
-        names = cls.features + spatial_names(len(spec) - 2)
+        """The inverse of `spec`. ValueError for what is no permutation of two axes or more."""
+        if len(spec) < 2 or sorted(spec) != list(range(len(spec))):
+            raise ValueError(f"{cls.__name__}.from_spec({tuple(spec)}): expected where each axis stands, from 0, once")
+        names = cls._names(len(spec))
         return cls("".join(name for _, name in sorted(zip(spec, names, strict=True))))
+
+    @classmethod
+    def _read(cls, given: str | Sequence[int]) -> Self:
+        return cls(given) if isinstance(given, str) else cls.from_spec(given)
+
+    @property
+    def order(self) -> Order:
+        """The order of an array laid out so, whose logical axes are counted as `jax.lax` does: the two feature axes,
+        then the spatial ones."""
+        return tuple(map(self._names(len(self.axes)).index, self.axes))
+
+    @classmethod
+    def from_order(cls, order: Order) -> Self:
+        """The inverse of `order`."""
+        names = cls._names(len(order))
+        return cls("".join(names[axis] for axis in order))
+
+    @classmethod
+    def _names(cls, rank: int) -> str:
+        return cls.features + spatial_names(rank - 2)
 
     def permutation_from(self, other: Self) -> Order:
         """The permutation that takes an array laid out as `other` to this layout."""
@@ -74,6 +99,7 @@ class ConvLayout(_Layout):
 
     __slots__ = ()
     features = "NC"
+    example = "NHWC"
 
     @classmethod
     def channels_last(cls, spatial: int) -> ConvLayout:
@@ -101,6 +127,7 @@ class KernelLayout(_Layout):
 
     __slots__ = ()
     features = "OI"
+    example = "HWIO"
 
     @classmethod
     def io_last(cls, spatial: int) -> KernelLayout:
@@ -111,6 +138,16 @@ class KernelLayout(_Layout):
     def oi_first(cls, spatial: int) -> KernelLayout:
         """OIW, OIHW, OIDHW: what goes with channels first in most libraries."""
         return cls(f"OI{spatial_names(spatial)}")
+
+    @classmethod
+    def i_last(cls, spatial: int) -> KernelLayout:
+        """OWI, OHWI, ODHWI: what cuDNN takes with channels last."""
+        return cls(f"O{spatial_names(spatial)}I")
+
+
+def layout_named(text: str) -> ConvLayout | KernelLayout:
+    """The layout of images or of a kernel that a text names: only a kernel has an O and an I."""
+    return (KernelLayout if {"O", "I"} & set(text.upper()) else ConvLayout)(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,13 +195,13 @@ class ConvDimensionNumbers:
         return cls(ConvLayout(lhs.strip()), KernelLayout(rhs.strip()), ConvLayout(out.strip()))
 
     @classmethod
-    def from_lax(cls, numbers: lax.ConvDimensionNumbers) -> ConvDimensionNumbers:
-        """From what a `conv_general_dilated` equation carries."""
-        return cls(
-            ConvLayout.from_spec(numbers.lhs_spec),
-            KernelLayout.from_spec(numbers.rhs_spec),
-            ConvLayout.from_spec(numbers.out_spec),
-        )
+    def from_lax(cls, numbers: lax.ConvDimensionNumbers | Sequence[str | Sequence[int]]) -> ConvDimensionNumbers:
+        """From what a `conv_general_dilated` equation carries, or what the function takes: lhs, rhs and out, each as
+        text ('NHWC', 'HWIO', 'NHWC') or as numbers."""
+        if isinstance(numbers, str) or len(numbers) != 3:
+            raise ValueError(f"{numbers!r}: expected the layouts of lhs, rhs and out, such as ('NHWC', 'HWIO', 'NHWC')")
+        lhs, rhs, out = numbers
+        return cls(ConvLayout._read(lhs), KernelLayout._read(rhs), ConvLayout._read(out))
 
     def to_lax(self) -> lax.ConvDimensionNumbers:
         """As `jax.lax` wants it."""

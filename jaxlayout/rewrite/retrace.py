@@ -20,7 +20,7 @@ from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE, TRANSCENDENTAL
-from jaxlayout.layout import LayoutTensor, Order, identity
+from jaxlayout.layout import LayoutTensor, LazyLayoutTensor, Order, identity
 from jaxlayout.program import equations
 
 _VIEWS = {p.pad_p, p.reshape_p, p.rev_p, p.slice_p, p.squeeze_p, p.transpose_p}
@@ -37,40 +37,24 @@ def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..
     """
 
     def run(*args: Any) -> list[Any]:
-        outs = _Interpreter(plan, picker).region(jaxpr, [_held(x, _written(x)) for x in args], ())
+        outs = _Interpreter(plan, picker).region(jaxpr, [_lazy(x, _written(x)) for x in args], ())
         return [_in_order(x, _written(x)) for x in outs]
 
     return run
 
 
-class _Held:
-    """A value in the order it was produced in, with the conversions of it made so far. `dear`: it costs much to compute
-    and nothing to keep XLA from doing so for each of its readers."""
-
-    __slots__ = ("dear", "made")
-
-    def __init__(self, tensor: LayoutTensor, dear: bool):
-        self.made: dict[Order, LayoutTensor] = {tensor.order: tensor}
-        self.dear = dear
-
-    def to(self, order: Order) -> LayoutTensor:
-        if order not in self.made:
-            self.made[order] = next(iter(self.made.values())).to(order)
-        return self.made[order]
-
-
-def _held(array: Any, order: Order, dear: bool = False) -> Any:
+def _lazy(array: Any, order: Order) -> Any:
     """A value of the interpreter; scalars (which have no order) and what is no array stay as they are."""
-    return _Held(LayoutTensor(array, order), dear) if order else array
+    return LazyLayoutTensor(LayoutTensor(array, order)) if order else array
 
 
 def _in_order(value: Any, order: Order) -> Any:
-    return value.to(order).data if isinstance(value, _Held) else value
+    return value.request_layout(order).materialize().data if isinstance(value, LazyLayoutTensor) else value
 
 
 def _written(value: Any) -> Order:
     """The user's order of an array or value."""
-    return identity(len(next(iter(value.made))) if isinstance(value, _Held) else len(getattr(value, "shape", ())))
+    return identity(len(getattr(value, "shape", ())))
 
 
 class _Interpreter:
@@ -87,22 +71,27 @@ class _Interpreter:
         inner = open_jaxpr(jaxpr)
         env: dict[Any, Any] = {}
         for var, const in zip(inner.constvars, consts_of(jaxpr), strict=True):
-            env[var] = _held(const, identity(len(getattr(const, "shape", ()))))
+            env[var] = _lazy(const, _written(const))
         env.update(zip(inner.invars, args, strict=True))
 
         def read(atom: Any) -> Any:
             if not isinstance(atom, Literal):
                 return env[atom]
-            return _held(atom.val, identity(rank_of(atom)))
+            return _lazy(atom.val, identity(rank_of(atom)))
 
+        dear: set[Any] = set()  # what costs much to compute, and that XLA may compute anew for each of its readers
         for i, eqn in enumerate(inner.eqns):
             operands = [read(atom) for atom in eqn.invars]
+            reads = [not isinstance(atom, Literal) and atom in dear for atom in eqn.invars]
             with equation_scope(eqn):
-                results = self.equation(eqn, operands, (*path, i))
+                results = self.equation(eqn, operands, (*path, i), reads[:1] == [True])
+            if _is_dear(eqn, any(reads)):
+                dear.update(var for var in eqn.outvars if rank_of(var))
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in inner.outvars]
 
-    def equation(self, eqn: Any, operands: Sequence[Any], path: Path) -> list[Any]:
+    def equation(self, eqn: Any, operands: Sequence[Any], path: Path, dear: bool) -> list[Any]:
+        """The results of one equation; `dear`: its first operand is."""
         mode = self.choices.get(path)
         orders = _orders(eqn, mode, path)
         arrays = [_in_order(x, order) for x, order in zip(operands, orders.operands, strict=True)]
@@ -113,7 +102,7 @@ class _Interpreter:
             if eqn.primitive not in CONVOLUTIONS:
                 raise misfit(eqn, path, "is not a convolution")
             numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
-            seal = getattr(operands[0], "dear", False) and self.may_seal(arrays[0], mode.candidate.lowering)
+            seal = dear and self.may_seal(arrays[0], mode.candidate.lowering)
             name = f"sealed/{mode.candidate.lowering}" if seal else mode.candidate.lowering
             outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=name)
         elif eqn.primitive in CONVOLUTIONS and self.picker is not None:
@@ -124,8 +113,7 @@ class _Interpreter:
             outs = rule.apply(eqn, arrays, orders)
         else:
             raise misfit(eqn, path, "has no rule for other orders")
-        dear = _is_dear(eqn, operands)
-        return [_held(out, order, dear) for out, order in zip(outs, orders.results, strict=True)]
+        return [_lazy(out, order) for out, order in zip(outs, orders.results, strict=True)]
 
     def convolution(self, arrays: Sequence[Any], params: Mapping[str, Any], **ours: Any) -> list[Any]:
         return [tuned_conv(*arrays, **{**params, **ours, "picker": self.picker})]
@@ -157,7 +145,7 @@ class _Interpreter:
         if key not in self.bodies:
 
             def run(*args: Any) -> list[Any]:
-                held = [_held(x, order) for x, order in zip(args, orders.operands, strict=True)]
+                held = [_lazy(x, order) for x, order in zip(args, orders.operands, strict=True)]
                 outs = self.region(jaxpr, held, path)
                 return [_in_order(x, order) for x, order in zip(outs, orders.results, strict=True)]
 
@@ -166,14 +154,14 @@ class _Interpreter:
         return self.bodies[key]
 
 
-def _is_dear(eqn: Any, operands: Sequence[Any]) -> bool:
+def _is_dear(eqn: Any, reads_dear: bool) -> bool:
     """Whether an equation's results cost much to compute, by it or what may be fused with it, at each element."""
     if eqn.primitive not in _FUSED:
         return False
     steps = [eqn, *(one for sub in jaxprs_in_params(eqn.params) for one in equations(sub))]
     if any(one.primitive not in _FUSED for one in steps):
         return False
-    return any(getattr(x, "dear", False) for x in operands) or any(one.primitive in TRANSCENDENTAL for one in steps)
+    return reads_dear or any(one.primitive in TRANSCENDENTAL for one in steps)
 
 
 def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:

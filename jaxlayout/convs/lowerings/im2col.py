@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import jax
 from jax import lax
@@ -62,15 +63,24 @@ class Im2col(Lowering):
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if 0 in conv.out_spatial:  # a slice needs somewhere to stop
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
-        columns = list(views(conv, dims, lhs))
         if conv.is_kernel_gradient:
+            columns = list(views(conv, dims, lhs, by_position=True))
             summed = tuple(range(lhs.ndim - 1))
-            patches = lax.concatenate(columns, lhs.ndim - 1)
+            rows = lax.concatenate(columns, lhs.ndim - 1)
             dims_summed = (summed, summed), ((), ())
-            out = lax.dot_general(patches, prepared, dims_summed, conv.precision, conv.preferred_element_type)
+            out = lax.dot_general(rows, prepared, dims_summed, conv.precision, conv.preferred_element_type)
             return lax.reshape(out, conv.out_shape(dims.out))
-        if dims.lhs.is_channels_last:
-            return contract(conv, dims, lax.concatenate(columns, lhs.ndim - 1), prepared, 0)
-        patches = lax.concatenate([lax.expand_dims(column, (2,)) for column in columns], 2)
-        patches = lax.reshape(patches, (conv.batch, conv.contraction, *conv.out_spatial))
-        return contract(conv, dims, patches, prepared, 1)
+        return contract(conv, dims, patches(conv, dims, lhs), prepared, int(not dims.lhs.is_channels_last))
+
+
+def patches(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array) -> jax.Array:
+    """What each position of out reads, as the features of an image batch laid out as lhs, channels last or first: taps
+    then features in the one (the rows of an HWIO kernel), features then taps in the other (those of an OIHW one). The
+    convolution is ungrouped and without lhs dilation."""
+    if 0 in conv.out_spatial:  # a slice needs somewhere to stop
+        return lax.full(replace(conv, out_features=conv.contraction).out_shape(dims.lhs), 0, lhs.dtype)
+    columns = list(views(conv, dims, lhs, by_position=False))
+    if dims.lhs.is_channels_last:
+        return lax.concatenate(columns, lhs.ndim - 1)
+    by_tap = lax.concatenate([lax.expand_dims(column, (2,)) for column in columns], 2)
+    return lax.reshape(by_tap, (conv.batch, conv.contraction, *conv.out_spatial))

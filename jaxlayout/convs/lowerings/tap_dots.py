@@ -48,13 +48,14 @@ class TapDots(Lowering):
         if conv.is_kernel_gradient:
             summed = tuple(range(lhs.ndim - 1))
             over = (summed, summed), ((), ())
-            dots = [lax.dot_general(met, prepared, over, precision, wide) for met in views(conv, dims, lhs)]
+            met = views(conv, dims, lhs, by_position=True)
+            dots = [lax.dot_general(view, prepared, over, precision, wide) for view in met]
             return lax.reshape(lax.concatenate([lax.expand_dims(dot, (0,)) for dot in dots], 0), shape)
         wide = wide if conv.accumulator == conv.out_dtype else conv.accumulator
         taps = itertools.product(*map(range, conv.kernel))
         over = ((lhs.ndim - 1,), (0,)), ((), ())
         dots = [
             lax.dot_general(met, prepared[tap], over, precision, wide)
-            for tap, met in zip(taps, views(conv, dims, lhs), strict=True)
+            for tap, met in zip(taps, views(conv, dims, lhs, by_position=False), strict=True)
         ]
         return lax.reshape(reduce(lax.add, dots), shape).astype(conv.out_dtype)
