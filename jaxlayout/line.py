@@ -178,7 +178,9 @@ def cost_model(options: Options, device: Any, context: Context, compiler_options
     environment = current_environment(device, _compiled(compiler_options)).fingerprint
     if options.numerics != "strict":
         environment += f"-{options.numerics}"
-    return CostModel(open_table(options.table), environment, LayoutPolicy.for_device(device), context)
+    # A policy that measures nothing leaves the file alone.
+    table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context)
 
 
 def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:

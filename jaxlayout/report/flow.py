@@ -319,8 +319,14 @@ class _Contraction:
             if self.found[i].kind == "join" and not read[i]:
                 gone.add(i)
                 read.subtract(self.found[i].inputs)
-        places = {old: new for new, old in enumerate(i for i in range(len(self.found)) if i not in gone)}
-        kept = (self.found[i] for i in places)
+        # A conversion that only leaves the program stands behind what it converts.
+        sinks = {i for i, step in enumerate(self.found) if step.kind == "conversion" and not read[i]}
+        order = sorted(
+            (i for i in range(len(self.found)) if i not in gone),
+            key=lambda i: (max(self.found[i].inputs), i) if i in sinks else (i, -1),
+        )
+        places = {old: new for new, old in enumerate(order)}
+        kept = (self.found[i] for i in order)
         return tuple(_renumbered(step, places) for step in kept)
 
 

@@ -199,7 +199,8 @@ def _paired(
 MOST_LANES = 7
 """Columns side by side; beyond, the longest branch is cut, and what reads it says so."""
 MOST_ROWS = 44
-"""Rows below each other before the drawing goes on beside."""
+"""Rows below each other before the drawing goes on beside; of the longest programs more."""
+MOST_STRIPS = 3
 ROW, LANE, TOP = 0.225, 0.2, 1.25
 """Inches: between rows, between columns, above the first row."""
 TEXT = {"label": 0.0, "shape": 2.15, "lowering": 3.35, "ms": 5.35}
@@ -247,7 +248,7 @@ def graph(told: Explanation) -> Figure:
     """One row for each step, one column for each branch, with what each step is and takes."""
     steps = told.steps
     placed = lanes(steps)
-    strips = max(1, math.ceil(len(steps) / MOST_ROWS))
+    strips = min(MOST_STRIPS, max(1, math.ceil(len(steps) / MOST_ROWS)))
     per = max(1, math.ceil(len(steps) / strips))
     wide = LANE * (placed.count + 1) + TEXT["ms"] + 0.55
     title = f"{told.name}: {_cut(headline(told), 90)}"
@@ -355,6 +356,17 @@ class _Pen:
                        markeredgewidth=1.3 if hollow or rim == INK else 0.8, zorder=2, gid=step.kind)  # fmt: skip
         self.words(step, site, row, y)
 
+    def named(self, row: int) -> str:
+        """A step by the number of its convolution; another by those of what it is made of."""
+        step = self.steps[row]
+        if step.site is not None or not step.inputs:
+            return step.label if step.site is None else f"#{step.site}"
+        return (
+            self.named(max(step.inputs))
+            if step.kind == "conversion"
+            else f"{step.label} {self.named(max(step.inputs))}"
+        )
+
     def heading(self, strip: int) -> None:
         left, y = self.x(strip * self.per, self.placed.count) + 0.05, self.y(-1.1, 0)
         for column, name in (("label", "#  step"), ("shape", "out"), ("lowering", "form"), ("ms", "ms")):
@@ -365,9 +377,8 @@ class _Pen:
         left = self.x(row, self.placed.count) + 0.05
         label = step.label if site is None else f"{step.site}  {step.label}"
         if row in self.placed.cut:
-            sources = (self.steps[i] for i in self.placed.cut[row])
-            read = ", ".join(str(one.site) if one.site is not None else one.label for one in sources)
-            label += f"  (reads {read})"
+            read = ", ".join(dict.fromkeys(map(self.named, self.placed.cut[row])))
+            label = f"{_cut(label, 33 - len(read))} ← {read}"
         if step.times != 1:
             label += f"  ×{times(step.times)}"
 

@@ -16,6 +16,7 @@ SOURCES = {
     "pinned": "pinned: given by you, neither measured nor compared",
     "forced": "forced by the policy 'channels_last', neither measured nor compared: it may be slower",
     "heuristic": "provisional: not all was measured",
+    "forced": "as the policy 'channels_last' has it, without measuring",
     "none": "none",
 }
 
@@ -83,7 +84,7 @@ def summary(told: Explanation) -> list[tuple[str, str]]:
         rows.append(
             ("measured", f"{ms(verdict.original_ns)} → {ms(verdict.tuned_ns)} ms for the whole function{pairs}")
         )
-    if plan.written_ns:
+    if plan.written_ns and outcome.source != "forced":
         gap = "optimal" if plan.exact else f"within {plan.gap:.1%} of optimal" if plan.bound_ns else "no bound known"
         rows.append(
             (
