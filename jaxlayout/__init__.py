@@ -4,68 +4,24 @@
 def predict(params, images): ...
 """
 
-from jaxlayout.api import AutoLayout, auto_layout, tune
-from jaxlayout.convs import lowerings as _lowerings  # noqa: F401  registers what comes with the package
-from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.functional import (
-    conv1d_auto_layout,
-    conv2d_auto_layout,
-    conv3d_auto_layout,
-    im2col_with_layout,
-)
-from jaxlayout.convs.lowering import Composite, Lowering, register_lowering
-from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.table import CostTable, TableWarning
-from jaxlayout.frozen import Frozen
-from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
-from jaxlayout.graph.sequence import select_layout_for_sequence
-from jaxlayout.layout import (
-    ConvDimensionNumbers,
-    ConvLayout,
-    KernelLayout,
-    LayoutPolicy,
-    LayoutTensor,
-    LazyLayoutTensor,
-)
-from jaxlayout.line import TableMiss
-from jaxlayout.memory import keep_freed_memory
-from jaxlayout.options import Options
-from jaxlayout.outcome import Outcome
-from jaxlayout.report import Explanation
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "AutoLayout",
-    "Candidate",
-    "Composite",
-    "ConvDimensionNumbers",
-    "ConvLayout",
-    "ConvSignature",
-    "CostTable",
-    "Explanation",
-    "Frozen",
-    "KernelLayout",
-    "Labelling",
-    "LayoutPolicy",
-    "LayoutTensor",
-    "LazyLayoutTensor",
-    "Lowering",
-    "Options",
-    "Orders",
-    "Outcome",
-    "Plan",
-    "Rule",
-    "TableMiss",
-    "TableWarning",
-    "auto_layout",
-    "conv1d_auto_layout",
-    "conv2d_auto_layout",
-    "conv3d_auto_layout",
-    "im2col_with_layout",
-    "keep_freed_memory",
-    "register_lowering",
-    "register_rule",
-    "select_layout_for_sequence",
-    "tune",
-]
+if TYPE_CHECKING:
+    from jaxlayout.public import *  # noqa: F403
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """All that is public, and with it JAX, is imported when the first of it is asked for: `jaxlayout --help` needs
+    neither."""
+    public = importlib.import_module("jaxlayout.public")
+    if name == "__all__" or name in getattr(public, "__all__", ()):  # none yet while it is being imported
+        globals()[name] = value = getattr(public, name)
+        return value
+    raise AttributeError(f"module 'jaxlayout' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *importlib.import_module("jaxlayout.public").__all__})

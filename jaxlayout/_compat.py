@@ -21,6 +21,12 @@ am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_U
 BARRIERS_STAY = jax.__version_info__ >= (0, 11)
 """Whether an optimization barrier is there until XLA:CPU fuses (in jaxlib 0.10 it goes before that)."""
 
+KNOWN_BAD = {
+    "0.10.2": "it miscompiles some programs through YNNPACK, and crashes on others (jax issues 39103, 39257, 40412)",
+    "0.11.0": "it crashes or hangs on some reductions of arrays with seven axes or more (jax issue 39257)",
+}
+"""Versions of jaxlib whose CPU backend is known to go wrong, and how."""
+
 with ThreadPoolExecutor(1) as _thread:  # this module may be imported while something is traced
     _top_level = _thread.submit(jex_core.get_opaque_trace_state).result()
 

@@ -23,6 +23,8 @@ SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs: that is no noise."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's, and long."""
+LITTLE = 2**27
+"""Bytes. A share of what a smaller function needs would be next to nothing: it may need as much more as such a one."""
 TIE_DRAWS = 3
 MAX_TOLERANCE = 0.1
 """Where c*eps*sqrt(K) of a whole half-precision network exceeds this share of the rms, it would allow anything: what
@@ -78,16 +80,15 @@ def accept(
 
     `args`: None where they must not be run; only memory is compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
-    `memory_limit`: allowed peak temporary memory relative to the original's. `least`: how many times faster it
-    has to be. `relax`: multiplies the error allowed.
+    `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
+    many times faster it has to be. `relax`: multiplies the error allowed.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     temps: dict[str, Any] = {}
     if old is not None and new is not None:
         temps = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
-        # A function that needs hardly any may still hold converted copies of its arguments and results.
-        copies = old.argument_size_in_bytes + old.output_size_in_bytes
-        allowed = memory_limit * max(temps["original_temp"], copies)
+        whole = old.argument_size_in_bytes + old.output_size_in_bytes - old.alias_size_in_bytes + temps["original_temp"]
+        allowed = temps["original_temp"] + (memory_limit - 1) * max(whole, LITTLE)
         if temps["tuned_temp"] > allowed:
             reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **temps)

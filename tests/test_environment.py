@@ -35,7 +35,7 @@ def test_the_fingerprint_is_the_same_in_every_process():
     assert current_environment(versions={"im2col": 2, "dot": 1}) == here
     assert len(here.fingerprint) == 16 and int(here.fingerprint, 16) >= 0
     script = """
-from jaxlayout.costs import current_environment
+from jaxlayout.costs.environment import current_environment
 print(current_environment(versions={"dot": 1, "im2col": 2}).fingerprint)
 """
     assert run(script, PYTHONHASHSEED="1") == here.fingerprint
@@ -111,10 +111,11 @@ def test_cores_are_those_that_the_process_may_use():
 
 def test_importing_touches_no_device():
     script = """
-import jaxlayout.costs, jax
+import jax
+from jaxlayout.costs import environment
 jax.config.update("jax_platforms", "no_such_platform")  # has no effect once a backend is up
 try:
-    jaxlayout.costs.current_environment()
+    environment.current_environment()
 except RuntimeError as error:
     assert "no_such_platform" in str(error)
     print("as it should be")

@@ -25,8 +25,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlayout.costs import sqlite
+from jaxlayout.costs.contents import holdings, places
 from jaxlayout.costs.measurement import MAX_DETAIL, MAX_NS, Measurement
-from jaxlayout.costs.table import MAX_LIKE, CostTable, TableWarning
+from jaxlayout.costs.table import ENVIRONMENT, MAX_LIKE, CostTable, TableWarning, describe, look
 
 ROOT = Path(__file__).parents[1]
 OK = Measurement(status="ok", median_ns=1.5e6, spread_ns=2e3, runs=9, error=1e-7, temp_bytes=4096, program="f00d")
@@ -673,7 +674,7 @@ def test_no_write_ahead_log_where_there_is_no_shared_memory(path, monkeypatch):
 
 def test_no_write_ahead_log_on_a_network_file_system(path, monkeypatch):
     those = filled(path)
-    monkeypatch.setattr(sqlite, "_on_network", lambda path: True)
+    monkeypatch.setattr(sqlite, "on_network", lambda path: True)
     with CostTable(path) as table:
         assert table.measurements("env", "conv") == those
         assert table._connection is not None
@@ -683,9 +684,9 @@ def test_no_write_ahead_log_on_a_network_file_system(path, monkeypatch):
 def test_network_file_systems_are_known_by_their_mounts(monkeypatch):
     mounts = "/dev/sda / ext4 rw 0 0\nserver:/x /home nfs4 rw 0 0\n/dev/sdb /home/my\\040disk xfs rw 0 0\n"
     monkeypatch.setattr(Path, "read_text", lambda path, **encoding: mounts)
-    assert sqlite._on_network(Path("/home/me/.cache/jaxlayout/table.sqlite"))
-    assert not sqlite._on_network(Path("/home/my disk/table.sqlite"))
-    assert not sqlite._on_network(Path("/homes/table.sqlite"))
+    assert sqlite.on_network(Path("/home/me/.cache/jaxlayout/table.sqlite"))
+    assert not sqlite.on_network(Path("/home/my disk/table.sqlite"))
+    assert not sqlite.on_network(Path("/homes/table.sqlite"))
 
 
 def test_warnings_as_errors_leave_the_table_usable(tmp_path):
@@ -808,3 +809,83 @@ def test_a_table_open_elsewhere_can_be_merged(path, tmp_path):
         assert table.merge(path) == (1, [])
         open_elsewhere.record("env", "conv", "b", OK)
         assert len(open_elsewhere.measurements("env", "conv")) == 2
+
+
+# Environments
+
+
+def test_an_environment_is_described_beside_its_first_record(path):
+    describe("f00d", {"jax": "1.0", "versions": {"dot": "1"}})
+    describe("beef", {"jax": "1.0", "versions": {"dot": "2"}})
+    with CostTable(path) as table:
+        table.measurements("f00d", "conv")
+        assert look(path)[0]["plans"] == []  # who only reads, writes nothing
+        table.record("f00d", "conv", "a", measured(1))
+        table.record("f00d-relaxed", "conv", "a", measured(1))
+        table.store_plan("beef", "f", "s", "[]", "{}")
+        table.record("of another process", "conv", "a", measured(1))
+        changes = [table.load_plan(env, ENVIRONMENT) for env in ("f00d", "f00d-relaxed", "beef")]
+        table.record("f00d", "conv", "b", measured(2))
+        assert [table.load_plan(env, ENVIRONMENT) for env in ("f00d", "f00d-relaxed", "beef")] == changes  # once
+        assert table.counts() == {"measurements": 4, "plans": 1, "unsaved": 0}
+        assert table.load_plan("of another process", ENVIRONMENT) is None
+    found = {one.env: one for one in holdings(look(path)[0])}
+    assert found["f00d"].environment == {"jax": "1.0", "versions": {"dot": "1"}} and found["f00d"].measurements == 2
+    assert found["beef"].plans == 1 and found["beef"].written is not None
+    assert found["of another process"].environment is None
+    grouped = [{one.env for one in together} for together in places(list(found.values()))]
+    assert grouped == [{"f00d", "f00d-relaxed", "beef"}, {"of another process"}]
+
+
+@pytest.mark.parametrize(
+    "payload", ["[]", "3", '{"environment": 3, "written": "x"}', '{"written": 1e300}', '{"written": NaN}']
+)
+def test_a_strange_description_is_none(path, payload):
+    with CostTable(path) as table:
+        table.store_plan("env", ENVIRONMENT, ENVIRONMENT, "[]", payload)
+    (found,) = holdings(look(path)[0])
+    assert (found.environment, found.written, found.plans) == (None, None, 0)
+
+
+def test_forgetting_environments(path):
+    those = filled(path)
+    with CostTable(path) as table:
+        table.record("other", "conv", "a", measured(1))
+        large = path.stat().st_size
+        assert table.forget({"env", "absent"}) == len(those) + 1
+        assert table.measurements("env", "conv") == {} and table.load_plan("env", "function") is None
+        assert table.measurements("other", "conv") == {"a": measured(1)}
+        assert table.forget({"env"}) == 0
+    assert path.stat().st_size < large / 2
+
+
+def test_forgetting_beside_a_reader(path):
+    those = filled(path)
+    with CostTable(path) as table:
+        reader = sqlite3.connect(path)
+        cursor = reader.execute("SELECT * FROM measurements")
+        cursor.fetchone()  # in the middle of it
+        assert table.forget({"env"}) == len(those) + 1
+        reader.close()
+        assert table.counts() == {"measurements": 0, "plans": 0, "unsaved": 0}
+
+
+def test_forgetting_what_could_not_be_written(tmp_path):
+    with CostTable(":memory:") as table:
+        table.record("env", "conv", "a", measured(1))
+        assert table.forget({"env"}) == 1
+        assert table.measurements("env", "conv") == {}
+
+
+def test_looking_changes_nothing(path):
+    filled(path)
+    damaged = path.read_bytes().replace(b'"median_ns":1000007.0', b'"median_ns":1000008.0')
+    path.write_bytes(damaged)
+    rows, refused = look(path)
+    assert len(rows["measurements"]) == 399 and len(refused) == 1 and "checksum" in refused[0]
+    path.write_bytes(b"something else entirely" * 1000)
+    rows, refused = look(path)
+    assert not any(rows.values()) and len(refused) == 1
+    assert path.read_bytes() == b"something else entirely" * 1000 and not damaged_files(path)
+    with pytest.raises(FileNotFoundError, match="no cost table at"):
+        look(path.parent / "absent.sqlite")

@@ -19,6 +19,7 @@ import jax
 import jax.extend.backend
 
 from jaxlayout.costs.sqlite import SCHEMA_VERSION
+from jaxlayout.costs.table import describe
 
 Device = Any  # jax.Device, which type checkers cannot see through
 Pairs = tuple[tuple[str, str], ...]
@@ -95,21 +96,22 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
     """The environment of computations on `device` (None: JAX's default device) as things stand now.
 
     `versions` names the lowerings and rules in use, with their versions. JAX options are read as the
-    calling thread sees them, so call it inside `jax.enable_x64()` and the like, not in a worker thread.
+    calling thread sees them, so call it inside `jax.enable_x64()` and the like, not in a worker thread. Cost tables
+    are told what its fingerprint stands for.
     """
     device = _default_device() if device is None else device
     model, features = _processor()
     on_cpu = device.platform == "cpu"
-    return Environment(
+    environment = Environment(
         schema=SCHEMA_VERSION,
         jaxlayout=_own_version(),
         versions=_pairs(versions or {}),
         jax=jax.__version__,
-        jaxlib=_package_version("jaxlib") or "unknown",
+        jaxlib=package_version("jaxlib") or "unknown",
         xla=str(jax.extend.backend.backend_xla_version(device.platform)),
         platform=device.platform,
         platform_version=device.client.platform_version,
-        plugins=() if on_cpu else _pairs({name: _package_version(name) for name in PLUGINS}),
+        plugins=() if on_cpu else _pairs({name: package_version(name) for name in PLUGINS}),
         device_kind=device.device_kind,
         cpu=model,
         cpu_features=features,
@@ -117,6 +119,8 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
         variables=_pairs({name: _variable(name) for name in VARIABLES}),
         config=_pairs({name: _option(name) for name in CONFIG}),
     )
+    describe(environment.fingerprint, environment.to_json())
+    return environment
 
 
 def _pairs(mapping: Mapping[str, object]) -> Pairs:
@@ -154,7 +158,8 @@ def _variable(name: str) -> str | None:
 
 
 @functools.cache
-def _package_version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -164,7 +169,7 @@ def _package_version(name: str) -> str | None:
 def _own_version() -> str:
     """jaxlayout's version: what the imported package says, else what is installed."""
     imported = getattr(sys.modules.get("jaxlayout"), "__version__", None)
-    return imported or _package_version("jaxlayout") or "unknown"
+    return imported or package_version("jaxlayout") or "unknown"
 
 
 @functools.cache

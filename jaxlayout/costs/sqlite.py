@@ -10,7 +10,7 @@ import os
 import pathlib
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -133,7 +133,7 @@ def _check(connection: sqlite3.Connection, whole: bool) -> None:
 
 def _choose_journal(connection: sqlite3.Connection, path: pathlib.Path) -> None:
     """A write-ahead log, with which readers never wait, where that works; else a plain journal."""
-    wanted = "delete" if _on_network(path) else "wal"
+    wanted = "delete" if on_network(path) else "wal"
     try:
         mode = _pragma(connection, "journal_mode")
         if mode != wanted:
@@ -151,7 +151,7 @@ def _pragma(connection: sqlite3.Connection, name: str) -> Any:
     return connection.execute(f"PRAGMA {name}").fetchone()[0]
 
 
-def _on_network(path: pathlib.Path) -> bool:
+def on_network(path: pathlib.Path) -> bool:
     """Whether the file is on a file system of several machines. Known on Linux only; elsewhere False."""
     try:
         lines = pathlib.Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -181,6 +181,19 @@ def clear(connection: sqlite3.Connection) -> None:
         connection.execute("BEGIN IMMEDIATE")
         for table in COLUMNS:
             connection.execute(f"DELETE FROM {table}")
+
+
+def remove(connection: sqlite3.Connection, environments: Collection[str]) -> int:
+    """Deletes the rows of some environments; how many."""
+    before = connection.total_changes
+    with connection:
+        connection.execute("BEGIN IMMEDIATE")
+        for table in COLUMNS:
+            connection.executemany(f"DELETE FROM {table} WHERE env = ?", ((env,) for env in environments))
+    removed = connection.total_changes - before
+    with contextlib.suppress(sqlite3.OperationalError):  # somebody is reading, or the disk is full: it stays as large
+        connection.execute("VACUUM")
+    return removed
 
 
 def rename(path: pathlib.Path) -> pathlib.Path:

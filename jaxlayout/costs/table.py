@@ -17,9 +17,10 @@ import os
 import pathlib
 import sqlite3
 import threading
+import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from jaxlayout.costs import sqlite
@@ -35,6 +36,8 @@ MAX_LIKE = 32
 """Most plans that `plans_like` returns."""
 REPAIR_SECONDS = 30.0
 """How long to wait for another process that is setting the file aside."""
+ENVIRONMENT = "environment"
+"""Among an environment's plans, in place of a function: what the environment is, and when it was last written to."""
 
 NOWHERE: Mapping[str, str] = {}
 
@@ -52,6 +55,26 @@ def default_path() -> pathlib.Path:
     import platformdirs
 
     return platformdirs.user_cache_path("jaxlayout") / "table.sqlite"
+
+
+def describe(env: str, description: Mapping[str, Any]) -> None:
+    """Tells the tables of this process what an environment is: they keep it beside the first record in it."""
+    _descriptions[env] = description
+
+
+_descriptions: dict[str, Mapping[str, Any]] = {}
+
+
+def look(path: str | os.PathLike[str], timeout: float = 5.0) -> tuple[dict[str, list[Row]], list[str]]:
+    """The valid rows of a table's file, "measurements" and "plans", oldest first; and why the others are not.
+
+    It is only read, and may be damaged or in use; SQLite may leave two small files beside it. FileNotFoundError for
+    no such file.
+    """
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no cost table at {path}")
+    refused: list[str] = []
+    return _valid(sqlite.stored(pathlib.Path(path).absolute(), timeout, refused), refused), refused
 
 
 class CostTable:
@@ -72,6 +95,7 @@ class CostTable:
         # Rows that the file refused, by key: written with the next ones that it takes.
         self._unsaved: dict[str, dict[Row, Row]] = {table: {} for table in COLUMNS}
         self._warned: set[str] = set()
+        self._described: set[str] = set()
         _tables.add(self)  # see the end of this file
 
     def __repr__(self) -> str:
@@ -101,7 +125,7 @@ class CostTable:
     def record_many(self, env: str, signature: str, measurements: Mapping[str, Measurement]) -> None:
         """Keeps measurements of one signature, all or (when the process is killed) none of them."""
         rows = [(env, signature, candidate, _dumps(m.to_json())) for candidate, m in measurements.items()]
-        self._write({"measurements": rows})
+        self._write({"measurements": rows, "plans": self._description(env)})
 
     # Plans
 
@@ -115,7 +139,7 @@ class CostTable:
 
         `skeleton`: what functions that differ in sizes alone have in common; `sizes`: a JSON list of numbers.
         """
-        self._write({"plans": [(env, function, skeleton, sizes, payload)]})
+        self._write({"plans": [*self._description(env), (env, function, skeleton, sizes, payload)]})
 
     def plans_like(self, env: str, skeleton: str) -> list[tuple[str, str, str]]:
         """(function, sizes, payload) of the plans of one skeleton, newest first, at most MAX_LIKE."""
@@ -126,7 +150,8 @@ class CostTable:
 
     def counts(self) -> dict[str, int]:
         """How many valid records there are: "measurements", "plans"; and "unsaved", those not in the file."""
-        counts = {table: len(self._select(table)) for table in COLUMNS}
+        measurements, plans = self._select("measurements"), self._select("plans")
+        counts = {"measurements": len(measurements), "plans": sum(plan[1] != ENVIRONMENT for plan in plans)}
         return counts | {"unsaved": sum(map(len, self._unsaved.values()))}
 
     def export_json(self, path: str | os.PathLike[str]) -> None:
@@ -159,19 +184,25 @@ class CostTable:
         return self._add(_exported(value, refused), refused), refused
 
     def merge(self, other: str | os.PathLike[str]) -> tuple[int, list[str]]:
-        """Adds the records of another table's file, as `import_json` does.
+        """Adds the records of another table's file, as `import_json` does. What it does to that file: see `look`."""
+        valid, refused = look(other, self._timeout)
+        self._write(valid)
+        return sum(map(len, valid.values())), refused
 
-        That file is only read, and may be damaged or in use; SQLite may leave two small files beside it.
-        """
-        if not pathlib.Path(other).is_file():
-            raise FileNotFoundError(f"no cost table at {other}")
-        refused: list[str] = []
-        records = sqlite.stored(pathlib.Path(other).absolute(), self._timeout, refused)
-        return self._add(records, refused), refused
+    def forget(self, environments: Collection[str]) -> int:
+        """Removes all records of some environments, and gives their room back to the file system where nobody else has
+        the file open. How many there were."""
+        with self._lock:
+            for table, rows in self._unsaved.items():
+                self._unsaved[table] = {key: row for key, row in rows.items() if key[0] not in environments}
+            self._described -= set(environments)
+            failure = "cannot be pruned; its records stay"
+            return self._run(lambda connection: sqlite.remove(connection, environments), 0, failure)
 
     def clear(self) -> None:
         """Forgets every record."""
         with self._lock:
+            self._described = set()
             self._unsaved = {table: {} for table in COLUMNS}
             self._run(sqlite.clear, None, "cannot be cleared; its records stay")
 
@@ -183,6 +214,15 @@ class CostTable:
             self._disconnect()
 
     # Reading and writing
+
+    def _description(self, env: str) -> list[Row]:
+        """The row that says what an environment is, once a process."""
+        description = _descriptions.get(env.partition("-")[0])  # "-relaxed" may follow
+        if description is None or env in self._described:
+            return []
+        self._described.add(env)
+        payload = _dumps({"environment": description, "written": time.time()})
+        return [(env, ENVIRONMENT, ENVIRONMENT, "[]", payload)]
 
     def _select(self, table: str, where: Mapping[str, str] = NOWHERE, limit: int | None = None) -> list[Row]:
         """The valid rows that have the values of `where` in the columns it names, newest first."""
