@@ -273,10 +273,9 @@ class _Line:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
-            believed = Candidate("xla", self.model.policy.preferred(conv.rank, conv.lhs_dtype))
-            every = dict.fromkeys((*ways, believed))
-            return [way for way in every if way == written or self.worth(conv, way, wanted)]
+            preferred = self.model.policy.preferred(conv.rank, conv.lhs_dtype)
+            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed", preferred=preferred)
+            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
         return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
 

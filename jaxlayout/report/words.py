@@ -16,7 +16,6 @@ SOURCES = {
     "pinned": "pinned: given by you, neither measured nor compared",
     "forced": "forced by the policy 'channels_last', neither measured nor compared: it may be slower",
     "heuristic": "provisional: not all was measured",
-    "forced": "as the policy 'channels_last' has it, without measuring",
     "none": "none",
 }
 
