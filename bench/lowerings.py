@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bench.networks import errors_from, normal
+from bench.networks import cost_model, errors_from, normal
 from bench.roofline import Peaks, peaks
 from bench.rows import compared, write_rows
 from bench.timing import paired
@@ -36,11 +36,8 @@ from jaxlayout._compat import eval_equations
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import ConvSignature, written_order
-from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import candidate_id
-from jaxlayout.costs.model import CostModel
-from jaxlayout.layout import ConvLayout, KernelLayout, LayoutPolicy
-from jaxlayout.line import open_table
+from jaxlayout.layout import ConvLayout, KernelLayout
 from jaxlayout.program import equations
 
 SECONDS = 20.0
@@ -98,7 +95,7 @@ class Conv:
         return (dgrad, (ct, w)) if which == "dgrad" else (wgrad, (ct, x))
 
 
-KERNELS = {"NHWC": "HWIO", "NCHW": "OIHW", "NWC": "WIO", "NCW": "OIW", "NDHWC": "DHWIO"}
+KERNELS = {"NHWC": "HWIO", "NCHW": "OIHW", "NWC": "WIO", "NCW": "OIW", "NDHWC": "DHWIO", "NCDHW": "OIDHW"}
 """The kernel that goes with the order of lhs and out."""
 
 CONVS: dict[str, Conv] = {
@@ -230,9 +227,7 @@ def run(name: str, table: str, peak: Peaks, explain: bool = False) -> dict[str, 
 
 def explained(name: str, conv: ConvSignature, written: Candidate, tuned: AutoLayout, outcome: Outcome) -> str:
     """All that was measured for a case, the fastest first."""
-    device = jax.devices()[0]
-    policy = LayoutPolicy.for_device(device)
-    model = CostModel(open_table(tuned.options.table), current_environment(device).fingerprint, policy)
+    model = cost_model(tuned.options.table)
     marks = {candidate_id(written): " (written)"}
     marks[candidate_id(chosen(outcome, written))] = " (chosen)"
     known = sorted(model.known(conv.key).items(), key=lambda item: item[1].median_ns or math.inf)

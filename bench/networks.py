@@ -27,16 +27,13 @@ from jax import lax
 from bench.models import MODELS
 from bench.rows import compared, write_rows
 from bench.timing import first_call, paired
-from jaxlayout import Candidate, auto_layout
+from jaxlayout import Candidate, Options, auto_layout, line
 from jaxlayout.convs.candidates import candidates
-from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import solve
-from jaxlayout.layout import LayoutPolicy
-from jaxlayout.line import open_table
 from jaxlayout.program import count_transposes
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -101,10 +98,14 @@ CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
 }
 
 
+def cost_model(table: str | None) -> CostModel:
+    """What `auto_layout` has measured into a table, without compiler options."""
+    return line.cost_model(Options(table=table), jax.devices()[0], "entry", None)
+
+
 def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:
     """The best plan whose candidates, beside the written one, all pass `keep(candidate, written)`."""
-    device = jax.devices()[0]
-    model = CostModel(open_table(table), current_environment(device).fingerprint, LayoutPolicy.for_device(device))
+    device, model = jax.devices()[0], cost_model(table)
     graph = build_graph(jaxpr, lambda conv, w: [c for c in candidates(conv, w) if c == w or keep(c, w)])
     while True:
         plan = solve(graph, model.node_ns, model.conversion_ns)
