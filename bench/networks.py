@@ -13,7 +13,6 @@ in any order. `lowerings alone`: any lowering, orders as written. Both without c
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,16 +27,13 @@ from jax import lax
 from bench.models import MODELS
 from bench.rows import compared, write_rows
 from bench.timing import first_call, paired
-from jaxlayout import Candidate, auto_layout
+from jaxlayout import Candidate, Options, auto_layout, line
 from jaxlayout.convs.candidates import candidates
-from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import measure
 from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import solve
-from jaxlayout.layout import LayoutPolicy
-from jaxlayout.line import open_table
 from jaxlayout.program import count_transposes
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -104,9 +100,7 @@ CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
 
 def cost_model(table: str | None) -> CostModel:
     """What `auto_layout` has measured into a table, without compiler options."""
-    device = jax.devices()[0]
-    environment = current_environment(device, {"compiler_options": json.dumps("")})
-    return CostModel(open_table(table), environment.fingerprint, LayoutPolicy.for_device(device))
+    return line.cost_model(Options(table=table), jax.devices()[0], "entry", None)
 
 
 def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:

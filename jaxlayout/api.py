@@ -24,7 +24,7 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
-from jaxlayout.line import decide
+from jaxlayout.line import cost_model, decide, default_device
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
@@ -178,14 +178,40 @@ class AutoLayout:
         return self.outcome(*args, **kwargs).plan
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What was chosen for these arguments and why; print it."""
-        return explain(*self._looked_at(args, kwargs))
+        """What was chosen for these arguments and why: a value that a terminal shows as tables and a notebook as HTML,
+        with `to_json` and plots."""
+        jaxpr, outcome, arrays = self._looked_at(args, kwargs)
+        return self._explained(jaxpr, outcome, device_of(arrays or ()))
+
+    def _explained(
+        self,
+        jaxpr: Any,
+        outcome: Outcome,
+        device: Any = None,
+        context: Context = "entry",
+        frozen: Sequence[bool] = (),
+    ) -> Explanation:
+        """The explanation of what `_tuned` gave, with the settings it had."""
+
+        def work(stop: threading.Event) -> Explanation:
+            told = self._told.get("compiler_options") if context == "entry" else None
+            options = {**(told or {}), **outcome.plan.compiler_options} or None
+            model = cost_model(self.options, default_device(), context, options)
+            relaxed = self.options.numerics == "relaxed"
+            return explain(jaxpr, outcome, model, name=self._name, relaxed=relaxed, frozen=frozen)
+
+        return apart(work, device)
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._fun, "__name__", "function")
 
     def _looked_at(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
-    ) -> tuple[Any, Outcome]:
-        """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome."""
-        seen: list[tuple[Any, Outcome]] = []
+    ) -> tuple[Any, Outcome, Sequence[Any] | None]:
+        """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
+        that, and the arguments where they are real."""
+        seen: list[tuple[Any, Outcome, Sequence[Any] | None]] = []
         self._call.arguments, self._call.executor = (args, kwargs), executor
         try:
             with jax.disable_jit(False):
@@ -222,7 +248,7 @@ class AutoLayout:
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
-                seen((jaxpr, outcome))
+                seen((jaxpr, outcome, concrete))
             picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
@@ -253,12 +279,11 @@ class AutoLayout:
         choose_options: bool = False,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
-        name = getattr(self._fun, "__name__", "function")
         executor = getattr(self._call, "executor", None)
 
         def work(stop: threading.Event) -> Outcome:
             arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
-            with progress_bar(name) as progress:
+            with progress_bar(self._name) as progress:
                 return decide(
                     jaxpr,
                     arrays,

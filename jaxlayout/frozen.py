@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, 
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.outcome import Outcome
-from jaxlayout.report import Explanation, explain
+from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
@@ -37,8 +38,8 @@ class _Prepared:
     run: Any
     """The jitted part that depends on the other arguments: what was kept, then their leaves."""
     kept: tuple[jax.Array, ...]
-    jaxpr: Any
     outcome: Outcome
+    explanation: Callable[[], Explanation]
 
 
 class Frozen:
@@ -104,12 +105,12 @@ class Frozen:
         return self.outcome(*args, **kwargs).plan
 
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
-        """What was chosen for these arguments and why; print it."""
+        """As of `AutoLayout`: what was chosen for these arguments and why."""
         found, _ = self._found(args, kwargs)
         if found is None:
             full, named = self._joined(args, kwargs)
             return self._layout.explain(*full, **named)
-        return explain(found.jaxpr, found.outcome)
+        return found.explanation()
 
     def clear_cache(self) -> None:
         """Forget what was prepared and compiled. The plans stay in the table."""
@@ -191,8 +192,9 @@ class Frozen:
         donated = self._marked("donate", args, kwargs, self._count)
         moving = (gone for gone, fixed in zip(donated, static[len(own_static) :], strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
+        explanation = partial(self._layout._explained, program, outcome, device_of(concrete or ()), context, frozen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
-            return _Prepared(run=run, kept=workers.submit(prepare).result(), jaxpr=program, outcome=outcome)
+            return _Prepared(run=run, kept=workers.submit(prepare).result(), outcome=outcome, explanation=explanation)
 
     def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         held, named = jax.tree.unflatten(self._tree, self._leaves)

@@ -152,7 +152,7 @@ def decide(
         raise
     except Exception as error:
         logger.warning("tuning failed, the program stays as it is", exc_info=True)
-        return untouched(f"tuning failed: {error!r}")
+        return untouched(f"tuning failed: {error!r}", "failure")
 
 
 def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
@@ -165,6 +165,26 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
     return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
+
+
+def default_device() -> Any:
+    """The device that this thread computes on."""
+    config: Any = jax.config
+    return config.jax_default_device or jax.local_devices()[0]
+
+
+def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
+    """The costs on a device under these options."""
+    environment = current_environment(device, _compiled(compiler_options)).fingerprint
+    if options.numerics != "strict":
+        environment += f"-{options.numerics}"
+    # A policy that measures nothing leaves the file alone.
+    table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context)
+
+
+def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
+    return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,24 +215,17 @@ class _Line:
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.written, self.folded = (task.jaxpr, False) if task.written is None else (task.written, True)
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
-        config: Any = jax.config
-        self.device = config.jax_default_device or jax.local_devices()[0]
+        self.device = default_device()
         self.table = open_table(self.options.table)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
-        compiled = {"compiler_options": json.dumps(self.compiler_options or "", sort_keys=True)}
+        compiled = _compiled(self.compiler_options)
         self.here = current_environment(self.device, compiled)
-        self.environment = self.here.fingerprint
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""}
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
-        self.model = CostModel(
-            self.table,
-            self.environment if self.options.numerics == "strict" else self.environment + "-relaxed",
-            LayoutPolicy.for_device(self.device),
-            self.context,
-        )
+        self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
@@ -260,10 +273,9 @@ class _Line:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed")
-            believed = Candidate("xla", self.model.policy.preferred(conv.rank, conv.lhs_dtype))
-            every = dict.fromkeys((*ways, believed))
-            return [way for way in every if way == written or self.worth(conv, way, wanted)]
+            preferred = self.model.policy.preferred(conv.rank, conv.lhs_dtype)
+            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed", preferred=preferred)
+            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
         return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
 

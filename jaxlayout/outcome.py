@@ -50,6 +50,6 @@ class Outcome:
             raise ValueError(f"not an outcome: {error!r}") from error
 
 
-def untouched(reason: str) -> Outcome:
+def untouched(reason: str, cause: str = "untried") -> Outcome:
     """The outcome for a program that is left as it is."""
-    return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause="untried"), source="none")
+    return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause=cause), source="none")

@@ -327,7 +327,7 @@ def test_wrong_numbers_are_a_failure(model, capsys, monkeypatch, tmp_path):
 
 
 def test_what_counts_as_failed():
-    assert has_failed(untouched("tuning failed: ValueError()"))
+    assert has_failed(untouched("tuning failed: ValueError()", "failure"))
     assert not has_failed(untouched("it has no convolution"))
 
 

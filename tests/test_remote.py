@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import distributed
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,7 +198,6 @@ def dies_once(flag: str, request: Request) -> Reply:
 
 
 def test_dask_workers_one_of_which_is_killed(tmp_path):
-    distributed = pytest.importorskip("distributed")
     flag = str(tmp_path / "killed")
     work = jobs(1, 2, 3)
     with (

@@ -77,18 +77,12 @@ def _explained(given: argparse.Namespace, plan: str | None, **options: Any) -> i
     if plan is not None:
         outcome.applied.save(plan)
     if given.json:
-        print_json({"target": given.target, "kept": outcome.kept} | as_json(explanation))
+        print_json({"target": given.target, "kept": outcome.kept} | explanation.to_json())
     else:
         print_text(explanation)
     return int(has_failed(outcome))
 
 
-def as_json(explanation: Any) -> dict[str, Any]:
-    """An explanation as plain data."""
-    return getattr(explanation, "to_json", explanation.outcome.to_json)()
-
-
 def has_failed(outcome: Any) -> bool:
     """Whether something went wrong, rather than that nothing was gained."""
-    verdict = outcome.verdict
-    return verdict.cause in ("failure", "numbers") or verdict.reason.startswith("tuning failed")
+    return outcome.verdict.cause in ("failure", "numbers")

@@ -26,13 +26,20 @@ class Candidate:
         return cls(lowering, ConvDimensionNumbers.parse(dims))
 
 
-def candidates(conv: ConvSignature, written: Candidate, *, relaxed: bool = False) -> tuple[Candidate, ...]:
+def candidates(
+    conv: ConvSignature,
+    written: Candidate,
+    *,
+    relaxed: bool = False,
+    preferred: ConvDimensionNumbers | None = None,
+) -> tuple[Candidate, ...]:
     """All that is worth timing for a convolution that stands in the program as `written`, which comes first.
 
     The orders are those that each lowering calls native. That prunes the full product (24 x 24 x 24 for two
     spatial axes) to a handful: any other order costs a native one plus transposes, and the plan places those
     itself, where they are shared or vanish. Of several kernel orders beside the same lhs and out, only the one
-    written and the first are kept; a lowering that takes the kernel in any order gets it as written.
+    written and the first are kept; a lowering that takes the kernel in any order gets it as written. XLA's own
+    convolution is offered in the layouts that the device prefers, too.
     """
     found = {written: None}
     for lowering in lowerings().values():
@@ -45,4 +52,6 @@ def candidates(conv: ConvSignature, written: Candidate, *, relaxed: bool = False
                 dims = ConvDimensionNumbers(lhs, rhs, out)
                 names = [n for n in lowering.names(conv, dims) if relaxed or not is_relaxed(n)]
                 found |= dict.fromkeys(Candidate(name, dims) for name in names)
+    if preferred is not None and "xla" in lowerings():
+        found |= {Candidate("xla", preferred): None}
     return tuple(found)

@@ -121,6 +121,10 @@ class CostModel:
             return found.median_ns + (found.spread_ns or 0.0) + self.byte_ns * nbytes
         return self.policy.conversion_ns(nbytes) + self.byte_ns * nbytes
 
+    def conversion(self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> Measurement | None:
+        """What was measured of one transpose, if anything."""
+        return self._transpose(shape, dtype, held, wanted)[2]
+
     def _transpose(
         self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order
     ) -> tuple[tuple[int, ...], Order, Measurement | None]:

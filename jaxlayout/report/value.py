@@ -1,0 +1,298 @@
+"""`Explanation` and what it is made of: plain data. Times in nanoseconds, memory in bytes."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.costs.measurement import Measurement
+from jaxlayout.outcome import Outcome
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tried:
+    """One candidate of a convolution and what became of it."""
+
+    candidate: Candidate
+    measurement: Measurement | None
+    """None where the table has none: a pinned plan, a guess."""
+    written: bool
+    chosen: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what was measured is null where nothing was."""
+        names = ("status", "median_ns", "spread_ns", "runs", "error", "temp_bytes", "detail")
+        found = {} if self.measurement is None else self.measurement.to_json()
+        return {
+            "candidate": str(self.candidate),
+            "lowering": self.candidate.lowering,
+            "orders": str(self.candidate.dims),
+            "written": self.written,
+            "chosen": self.chosen,
+            **{name: found.get(name) for name in names},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """One convolution and what became of it. Prints as the table of its candidates."""
+
+    path: tuple[int, ...]
+    """Where its equation is, as in a `Plan`."""
+    line: str
+    """The source line that wrote it."""
+    caller: str
+    """The innermost one outside of installed packages: the user's, where a library wrote the convolution."""
+    scope: str
+    """The name scopes that it stands in: a Flax module's path, `transpose(jvp(...))` of a derivative."""
+    kind: str
+    """As "depthwise 3x3 stride 2"."""
+    lhs: tuple[int, ...]
+    rhs: tuple[int, ...]
+    out: tuple[int, ...]
+    """Shapes, in the orders written."""
+    dtype: str
+    signature: str
+    """What is computed: the key in the cost table."""
+    times: float
+    """How often it runs each time the function does."""
+    tried: tuple[Tried, ...]
+    """The fastest first; what has no time last."""
+
+    @property
+    def written(self) -> Tried:
+        """The form that the user wrote."""
+        return next(one for one in self.tried if one.written)
+
+    @property
+    def chosen(self) -> Tried:
+        """The form that the plan has."""
+        return next(one for one in self.tried if one.chosen)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; see `Explanation.to_json`."""
+        names = ("line", "caller", "scope", "kind", "dtype", "signature", "times")
+        rest = {name: list(getattr(self, name)) for name in ("path", "lhs", "rhs", "out")}
+        chosen = {"written": str(self.written.candidate), "chosen": str(self.chosen.candidate)}
+        plain = {name: getattr(self, name) for name in names}
+        return rest | plain | chosen | {"candidates": [one.to_json() for one in self.tried]}
+
+    def __rich__(self) -> Any:
+        from jaxlayout.report.terminal import of_site
+
+        return of_site(self)
+
+    def __str__(self) -> str:
+        from jaxlayout.report.terminal import plain_text
+
+        return plain_text(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Move:
+    """A conversion that the plan puts in: one value of logical `shape`, from one axis order to another."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    held: str
+    wanted: str
+    """Orders by the letters of a convolution's axes where they are known, by the numbers of the axes elsewhere."""
+    held_by: str
+    """What made the value, and what that has its order from."""
+    wanted_by: tuple[str, ...]
+    times: float
+    ns: float
+    """What the plan counts for one."""
+    measured: bool
+    """Whether that was timed; else it is less than it can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transpose:
+    """One of the user's own."""
+
+    line: str
+    shape: tuple[int, ...]
+    permutation: tuple[int, ...]
+    absorbed: bool
+    """Whether the plan has none there: its operand is made in the order that its result is read in."""
+    times: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Barrier:
+    """A primitive that stops orders: its operands arrive in the order written."""
+
+    name: str
+    count: int
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of the program as the plan has it, elementwise work left out: what is drawn."""
+
+    kind: str
+    """argument, convolution, equation, transpose (the user's), conversion, join (where branches meet), barrier or
+    result."""
+    label: str
+    inputs: tuple[int, ...]
+    """The steps before it whose values it reads."""
+    order: str
+    """The order that its result has."""
+    site: int | None = None
+    """Which convolution it is."""
+    ns: float = 0.0
+    times: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What was chosen for a function and why. Prints as a report: text in a terminal, HTML in a notebook."""
+
+    name: str
+    outcome: Outcome
+    sites: tuple[Site, ...]
+    """The convolutions, in the program's order."""
+    moves: tuple[Move, ...]
+    transposes: tuple[Transpose, ...]
+    barriers: tuple[Barrier, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def provisional(self) -> bool:
+        """Whether it was decided without all measurements; another process measures what is missing."""
+        return self.outcome.source == "heuristic"
+
+    @property
+    def saved_ns(self) -> float | None:
+        """Measured to be saved by each call; None where the whole functions were not timed."""
+        verdict = self.outcome.verdict
+        if not self.outcome.kept:
+            return 0.0
+        if verdict.original_ns is None or verdict.tuned_ns is None:
+            return None
+        return verdict.original_ns - verdict.tuned_ns
+
+    @property
+    def break_even(self) -> int | None:
+        """After how many calls the seconds of tuning are won back; None: never, or not timed."""
+        return math.ceil(self.outcome.seconds * 1e9 / self.saved_ns) if self.saved_ns and self.saved_ns > 0 else None
+
+    @property
+    def nothing_gained(self) -> str:
+        """Why the function runs as it was written, in one sentence; '' where it does not."""
+        from jaxlayout.report.words import why_nothing
+
+        return why_nothing(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dictionaries with these keys.
+
+        - format, name.
+        - kept: whether the rewritten function runs. nothing_gained: a sentence why not, or "".
+        - provisional, source, tuning_s, timed: how the plan came about (see `Outcome`).
+        - measured: original_ns and tuned_ns of the whole functions, ratio, spread, pairs, original_temp and tuned_temp
+          in bytes, difference between outputs relative to their rms; null what was not seen. saved_ns, break_even
+          (calls).
+        - predicted: written_ns and tuned_ns of convolutions and conversions, bound_ns, optimal, gap (a share, null if
+          unknown).
+        - compiler_options.
+        - convolutions: path, line, caller, scope, kind, lhs, rhs, out (shapes), dtype, signature, times, written,
+          chosen, and candidates: candidate, lowering, orders, written, chosen, status, median_ns, spread_ns, runs,
+          error ("inf" for no number), temp_bytes, detail.
+        - conversions: shape, dtype, held, wanted, held_by, wanted_by, times, ns, measured.
+        - transposes: line, shape, permutation, absorbed, times.
+        - barriers: name, count, lines.
+        - graph: kind, label, inputs (which of these), order, site (which of convolutions), ns, times.
+        """
+        outcome, plan, verdict = self.outcome, self.outcome.plan, self.outcome.verdict
+        seen = ("original_ns", "tuned_ns", "ratio", "spread", "pairs", "original_temp", "tuned_temp")
+        difference = "inf" if verdict.difference == math.inf else verdict.difference
+        return {
+            "format": FORMAT,
+            "name": self.name,
+            "kept": outcome.kept,
+            "nothing_gained": self.nothing_gained,
+            "provisional": self.provisional,
+            "source": outcome.source,
+            "tuning_s": outcome.seconds,
+            "timed": outcome.measured,
+            "measured": {
+                **{name: getattr(verdict, name) for name in seen},
+                "difference": difference,
+                "saved_ns": self.saved_ns,
+                "break_even": self.break_even,
+            },
+            "predicted": {
+                "written_ns": plan.written_ns,
+                "tuned_ns": plan.predicted_ns,
+                "bound_ns": plan.bound_ns,
+                "optimal": plan.exact,
+                "gap": plan.gap if math.isfinite(plan.gap) else None,
+            },
+            "compiler_options": dict(plan.compiler_options),
+            "convolutions": [site.to_json() for site in self.sites],
+            "conversions": [_listed(move) for move in self.moves],
+            "transposes": [_listed(transpose) for transpose in self.transposes],
+            "barriers": [_listed(barrier) for barrier in self.barriers],
+            "graph": [_listed(step) for step in self.steps],
+        }
+
+    def plot_costs(self, site: int) -> Figure:
+        """The measured times of one of `sites`, lowerings by orders. Needs matplotlib, as all plots; ImportError
+        without. A notebook shows the figure after `%matplotlib inline`."""
+        from jaxlayout.report.plots import costs
+
+        return costs(self.sites[site])
+
+    def plot_graph(self) -> Figure:
+        """The program as the plan has it, time downwards, one column for each branch, coloured by axis order."""
+        from jaxlayout.report.plots import graph
+
+        return graph(self)
+
+    def plot_predicted(self) -> Figure:
+        """The convolutions as written and as chosen, and the whole function predicted and measured."""
+        from jaxlayout.report.plots import predicted
+
+        return predicted(self)
+
+    def __rich__(self) -> Any:
+        from jaxlayout.report.terminal import of_explanation
+
+        return of_explanation(self)
+
+    def __str__(self) -> str:
+        from jaxlayout.report.terminal import plain_text
+
+        return plain_text(self)
+
+    def __repr__(self) -> str:
+        from jaxlayout.report.words import headline
+
+        return f"<Explanation of {self.name}: {headline(self)}; {len(self.sites)} convolutions; print it for all>"
+
+    def _repr_html_(self) -> str:
+        from jaxlayout.report.html import of_explanation
+
+        return of_explanation(self)
+
+
+def short_line(line: str) -> str:
+    """A source line without folders and column: "model.py:12 (f)"."""
+    place, _, function = line.rpartition(" (")
+    parts = (place or line).split(":")
+    return ":".join([os.path.basename(parts[0]), *parts[1:2]]) + (f" ({function}" if place else "")
+
+
+def _listed(value: Any) -> dict[str, Any]:
+    return {name: list(held) if isinstance(held, tuple) else held for name, held in asdict(value).items()}

@@ -1,0 +1,205 @@
+"""What text, HTML and pictures say alike."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import groupby
+
+from jaxlayout.report.value import Explanation, Site, Tried, short_line
+
+SOURCES = {
+    "measured": "measured now",
+    "stored": "stored, from an earlier call or process",
+    "nearest": "measured now, starting from the plan of another shape",
+    "pinned": "pinned: given by you, neither measured nor compared",
+    "forced": "forced by the policy 'channels_last', neither measured nor compared: it may be slower",
+    "heuristic": "provisional: not all was measured",
+    "none": "none",
+}
+
+
+def ms(ns: float | None) -> str:
+    """Milliseconds, two or three digits of them."""
+    if ns is None:
+        return "–"
+    value = ns / 1e6
+    digits = next((digits for digits, least in enumerate((100, 10, 0.1, 0.01)) if value >= least), 4)
+    return f"{value:.{digits}f}"
+
+
+def size(count: float | None) -> str:
+    """Bytes in the unit that fits."""
+    if count is None:
+        return "–"
+    for unit in ("bytes", "KiB", "MiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def headline(told: Explanation) -> str:
+    """What became of the function."""
+    word = "kept" if told.outcome.kept else "left as it is"
+    return f"{word}: {told.outcome.verdict.reason}{', provisional' if told.provisional else ''}"
+
+
+def why_nothing(told: Explanation) -> str:
+    """Why the function runs as it was written, in one sentence; '' where it does not."""
+    outcome, verdict = told.outcome, told.outcome.verdict
+    if outcome.kept:
+        return ""
+    if not told.sites:
+        barred = any(barrier.name == "conv_general_dilated" for barrier in told.barriers)
+        why = "its convolutions have symbolic shapes" if barred else "there is no convolution in it"
+        return f"Nothing could be gained: {why}."
+    if outcome.source == "none":
+        return f"Nothing was tried: {verdict.reason}."
+    because = {
+        "time": f"the rewritten function was not faster as a whole ({verdict.reason})",
+        "numbers": f"the numbers of the rewritten function differ too much ({verdict.reason})",
+        "memory": f"the rewritten function needs too much memory ({verdict.reason})",
+        "failure": f"the rewritten function does not run ({verdict.reason})",
+    }
+    if verdict.cause in because:
+        return f"Nothing was gained: {because[verdict.cause]}."
+    if outcome.plan.trivial:
+        if told.provisional:
+            return "Nothing was found to be gained before the time for measuring ran out; a later process goes on."
+        return "Nothing could be gained: the forms and orders as written are the fastest measured, conversions counted."
+    return f"Nothing was gained: {verdict.reason}."
+
+
+def summary(told: Explanation) -> list[tuple[str, str]]:
+    """The facts about the whole, each with its name."""
+    outcome, plan, verdict = told.outcome, told.outcome.plan, told.outcome.verdict
+    rows = []
+    if verdict.original_ns is not None and verdict.tuned_ns is not None:
+        pairs = (
+            "" if verdict.ratio is None else f", {verdict.ratio:.2f}x ±{verdict.spread or 0:.2f}, {verdict.pairs} pairs"
+        )
+        rows.append(
+            ("measured", f"{ms(verdict.original_ns)} → {ms(verdict.tuned_ns)} ms for the whole function{pairs}")
+        )
+    if plan.written_ns and outcome.source != "forced":
+        gap = "optimal" if plan.exact else f"within {plan.gap:.1%} of optimal" if plan.bound_ns else "no bound known"
+        rows.append(
+            (
+                "predicted",
+                f"{ms(plan.written_ns)} → {ms(plan.predicted_ns)} ms for convolutions and conversions, {gap} under the "
+                "measured costs",
+            )
+        )
+    if verdict.original_temp is not None and verdict.tuned_temp is not None:
+        rows.append(("memory", f"{size(verdict.original_temp)} → {size(verdict.tuned_temp)} of temporaries"))
+    if verdict.difference is not None:
+        rows.append(("numbers", f"results differ by {verdict.difference:.1g} of their rms at most"))
+    if outcome.source != "none":
+        timed = f"; {outcome.measured} convolutions and transposes timed" if outcome.measured else ""
+        spent = f", {outcome.seconds:.1f} s of tuning" if outcome.seconds else ""
+        rows.append(("plan", f"{SOURCES.get(outcome.source, outcome.source)}{timed}{spent}"))
+    if outcome.seconds:
+        rows.append(("won back", _won_back(told)))
+    if plan.compiler_options:
+        options = ", ".join(f"{name}={value!r}" for name, value in plan.compiler_options.items())
+        rows.append(("compiler options", options))
+    if told.transposes or told.moves:
+        own = sum(not transpose.absorbed for transpose in told.transposes)
+        yours = f"{own} of your {len(told.transposes)} stay, " if told.transposes else ""
+        rows.append(("transposes", f"{yours}{len(told.moves)} put in"))
+    return rows
+
+
+def _won_back(told: Explanation) -> str:
+    if not told.outcome.kept:
+        return "never: nothing is saved"
+    if told.saved_ns is None:
+        return "not known: the whole functions were not timed"
+    if told.break_even is None:
+        return "never: nothing is saved"
+    return f"the tuning, after {told.break_even} calls that each save {ms(told.saved_ns)} ms"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Equal convolutions that have the same form, the first of which stands for all."""
+
+    sites: tuple[tuple[int, Site], ...]
+
+    @property
+    def first(self) -> Site:
+        """One of them."""
+        return self.sites[0][1]
+
+    @property
+    def numbers(self) -> str:
+        """Which of the explanation's sites: "0, 3-5"."""
+        runs = groupby(enumerate(number for number, _ in self.sites), lambda pair: pair[1] - pair[0])
+        ends = [(found[0][1], found[-1][1]) for found in (list(run) for _, run in runs)]
+        return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)
+
+    @property
+    def runs(self) -> float:
+        """How often they run, all together, each time the function does."""
+        return sum(site.times for _, site in self.sites)
+
+    @property
+    def places(self) -> list[str]:
+        """Where they stand, each place once."""
+        return list(dict.fromkeys(where(site) for _, site in self.sites))
+
+
+def groups(told: Explanation) -> list[Group]:
+    """The convolutions, equal ones together."""
+    found: dict[tuple, list[tuple[int, Site]]] = {}
+    for number, site in enumerate(told.sites):
+        key = site.signature, site.kind, str(site.written.candidate), str(site.chosen.candidate)
+        found.setdefault(key, []).append((number, site))
+    return [Group(tuple(sites)) for sites in found.values()]
+
+
+def where(site: Site) -> str:
+    """The user's line, and the function that wrote the convolution: "model.py:12 Conv.__call__"."""
+    function = site.line.rpartition(" (")[2].rstrip(")")
+    return f"{short_line(site.caller).partition(' (')[0]} {function}"
+
+
+def scope(site: Site) -> str:
+    """The innermost name scopes that are the user's, without what differentiation puts around them."""
+    names = (re.sub(r"\b[a-z]+\(|\)", "", name) for name in site.scope.split("/"))
+    return "/".join([name for name in names if name][-3:])
+
+
+def shapes(site: Site) -> str:
+    """Its arrays: "8x56x56x64 * 3x3x64x64 → 8x56x56x64"."""
+    lhs, rhs, out = ("x".join(map(str, shape)) for shape in (site.lhs, site.rhs, site.out))
+    return f"{lhs} * {rhs} → {out}"
+
+
+def times(count: float) -> str:
+    """How often something runs: "4", "about 0.5"."""
+    return f"{count:.0f}" if count == round(count) else f"{count:.2g}"
+
+
+def error_of(one: Tried) -> str:
+    """Its error against float64, relative to the result's rms."""
+    error = one.measurement.error if one.measurement else None
+    return "–" if error is None else f"{error:.1e}"
+
+
+def facts(one: Tried) -> tuple[str, ...]:
+    """Median and spread in ms, runs, error, memory, what became of it."""
+    found = one.measurement
+    if found is None:
+        return ("–", "–", "–", "–", "–", "not measured")
+    spread = "–" if found.spread_ns is None else ms(found.spread_ns)
+    runs = str(found.runs) if found.runs else "–"
+    return (ms(found.median_ns), spread, runs, error_of(one), size(found.temp_bytes), found.status)
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first few."""
+    every = list(names)
+    return ", ".join(every[:3]) + (f" and {len(every) - 3} more" if len(every) > 3 else "")
