@@ -38,7 +38,7 @@ from jaxlayout import (
     auto_layout,
     line,
 )
-from jaxlayout.accept import MAX_TOLERANCE, compare, draws, liveliest
+from jaxlayout.accept import MAX_TOLERANCE, Verdict, compare, draws, liveliest
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
@@ -332,6 +332,31 @@ def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch
         assert not outcome.kept and "turncoat" not in str(outcome.plan.choices)
         jax.effects_barrier()
         assert ran == []
+
+
+def test_what_is_ruled_out_in_vain_is_allowed_again(costs, monkeypatch):
+    """Memory is short because of the smaller convolution, and the larger one is suspected first."""
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    monkeypatch.setattr(Turncoat, "how", None)
+    large, small = normal(5, 8, 4, 5, 5), normal(6, 2, 8, 3, 3)
+    tried = []
+
+    def judge(self, plan, least=1.0):
+        chosen = {
+            node.conv.out_features
+            for node in self.graph({}).sites
+            if (mode := plan.choices.get(node.path)) and mode.candidate and mode.candidate.lowering == "turncoat"
+        }
+        tried.append(chosen)
+        if 2 in chosen:
+            return Verdict(kept=False, cause="memory", reason="too much", tuned_temp=100)
+        return Verdict(kept=True, cause="untried", reason="enough")
+
+    monkeypatch.setattr(line._Line, "judge", judge)
+    with registered(Turncoat()):
+        outcome = auto_layout(lambda x, k1, k2: conv(conv(x, k1), k2)).outcome(normal(4, 2, 4, 9, 9), large, small)
+    assert outcome.kept and tried == [{8, 2}, {2}, {8}]
+    assert outcome.verdict.reason == "enough (of the plan that should be fastest: too much)"
 
 
 def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
