@@ -7,7 +7,7 @@ VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead plot
 
-.PHONY: demo test fuzz lint typecheck bench clean
+.PHONY: demo test fuzz lint typecheck bench notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -15,6 +15,9 @@ demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
 
 bench: $(VENV)/installed-bench  ## every figure of the README but PyTorch's, and a picture of each table: hours
 	for name in $(BENCHES); do $(RUN) bench.$$name || exit; done
+
+notebooks: $(VENV)/installed-notebooks  ## execute the notebooks, and store what they print and draw
+	$(RUN) notebooks.run $(ARGS)
 
 test: lint typecheck  ## the whole check
 	$(RUN) pytest -n 2 $(ARGS)
