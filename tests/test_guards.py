@@ -299,7 +299,8 @@ def fail(out):
     ],
 )
 def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, words):
-    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.0")
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
     monkeypatch.setattr(Turncoat, "how", None)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
     with registered(Turncoat()):
@@ -317,7 +318,8 @@ def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, wor
 
 
 def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch):
-    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.0")
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
     monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
     ran = []
@@ -381,7 +383,8 @@ def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
 
 
 def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):
-    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.0")
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
+    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
     monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
     images = normal(5, 2, 16, 16, 8)
 
