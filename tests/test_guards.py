@@ -336,6 +336,23 @@ def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch
         assert ran == []
 
 
+@pytest.mark.parametrize(
+    ("candidate", "kernel"),
+    [("winograd2:NHWC,HWIO->NHWC", (0, 1, 2, 3)), ("xla:NHWC,OHWI->NHWC", (3, 0, 1, 2))],
+    ids=["of relaxed numerics", "of a device that prefers other kernels"],
+)
+def test_a_pinned_plan_may_have_been_made_elsewhere(candidate, kernel):
+    def f(x, k):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims)
+
+    written = (0, 1, 2, 3)
+    plan = Plan(choices={(0,): Mode((written, kernel), (written,), Candidate.parse(candidate))})
+    tuned, args = auto_layout(f, plan=plan), (normal(4, 1, 8, 8, 8), normal(5, 3, 3, 8, 8))
+    assert tuned.outcome(*args).source == "pinned"
+    np.testing.assert_allclose(tuned(*args), f(*args), rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_ruled_out_in_vain_is_allowed_again(costs, monkeypatch):
     """Memory is short because of the smaller convolution, and the larger one is suspected first."""
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
