@@ -21,7 +21,6 @@ def examples(number: int) -> settings:
             HealthCheck.too_slow,
             HealthCheck.data_too_large,
             HealthCheck.large_base_example,
-            HealthCheck.filter_too_much,
             HealthCheck.function_scoped_fixture,
         ],
     )
