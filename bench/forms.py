@@ -20,12 +20,10 @@ jit's, relative to their rms.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -35,7 +33,7 @@ from jax.experimental.layout import Format, Layout
 from bench import training
 from bench.models import MODELS, video
 from bench.networks import errors_from, restricted_plan
-from bench.rows import Row, write_rows
+from bench.rows import Row, arguments, parsed, write_rows
 from bench.scenarios import Program
 from bench.timing import Contender, in_turn, middle
 from jaxlayout import AutoLayout, Candidate, ConvDimensionNumbers, ConvSignature, Plan, auto_layout
@@ -168,15 +166,7 @@ def markdown(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the tables, after each case anew."""
-    parser = argparse.ArgumentParser(prog="python -m bench.forms", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
-    parser.add_argument("--table", default=None, help="cost table, default: the user's")
-    parser.add_argument("--small", action="store_true", help="small shapes, few rounds: to see that it works")
-    parser.add_argument("--budget", type=float, default=3600.0, help="seconds of measuring, over all cases")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    given = parser.parse_args(argv)
-    if unknown := [name for name in given.cases if name not in CASES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    given = parsed(arguments("forms", __doc__, CASES), CASES, argv)
     write_rows(
         given.out / f"forms-jax{jax.__version__}{'-small' * given.small}",
         given.cases,

@@ -16,13 +16,11 @@ convolutions and transposes were timed.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,7 @@ import jax.numpy as jnp
 from bench import lowerings, networks, training
 from bench.models import MODELS
 from bench.networks import errors_from
-from bench.rows import Row, compared, write_rows
+from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.scenarios import Program
 from bench.timing import paired
 from jaxlayout import auto_layout
@@ -112,16 +110,9 @@ def markdown(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the tables, after each case anew."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
-    parser.add_argument("--table", default=None, help="cost table, default: the user's")
-    parser.add_argument("--budget", type=float, default=7200.0, help="seconds of measuring, over all cases")
+    parser = arguments("gpu", __doc__, CASES, 7200.0)
     parser.add_argument("--platform", default="gpu", help="as JAX names it; cpu: to see that this program works")
-    parser.add_argument("--small", action="store_true", help="small shapes, few pairs: to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    given = parser.parse_args(argv)
-    if unknown := [name for name in given.cases if name not in CASES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    given = parsed(parser, CASES, argv)
     try:
         device = jax.devices(given.platform)[0]
     except RuntimeError:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,31 @@ from jaxlayout import Outcome
 Row = dict[str, Any]
 
 
+def arguments(bench: str, doc: str | None, cases: Collection[str], budget: float = 3600.0) -> ArgumentParser:
+    """The command line of a bench: which cases, where to, how long, how small."""
+    parser = ArgumentParser(prog=f"python -m bench.{bench}", description=(doc or "").splitlines()[0])
+    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(cases)}")
+    parser.add_argument("--table", default=None, help="cost table, default: the user's")
+    parser.add_argument("--small", action="store_true", help="small shapes, few pairs: to see that it works")
+    parser.add_argument("--budget", type=float, default=budget, help="seconds of measuring, over all cases")
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    return parser
+
+
+def parsed(parser: ArgumentParser, cases: Collection[str], argv: list[str] | None) -> Namespace:
+    """What was given; leaves the program where a case is not there."""
+    given = parser.parse_args(argv)
+    if unknown := [name for name in given.cases if name not in cases]:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(cases)}")
+    return given
+
+
 def compared(name: str, seen: Paired, outcome: Outcome) -> Row:
     """What every row has in which jit is held against auto_layout."""
     verdict = outcome.verdict
     return {
         "case": name,
-        "jit_ms": seen.first_ms,
-        "auto_layout_ms": seen.second_ms,
-        "ratio": seen.ratio,
-        "spread": seen.spread,
-        "pairs": seen.pairs,
+        **seen.to_json("jit", "auto_layout"),
         "kept": outcome.kept,
         "reason": verdict.reason,
         "memory": verdict.tuned_temp / verdict.original_temp if verdict.original_temp and verdict.tuned_temp else None,

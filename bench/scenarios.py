@@ -27,14 +27,12 @@ temporary memory tuned / written; seconds of tuning and how many convolutions an
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,7 +42,7 @@ from jax import lax
 from bench.lowerings import KERNELS
 from bench.models import video
 from bench.networks import errors_from, normal
-from bench.rows import Row, compared, write_rows
+from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.timing import paired
 from jaxlayout import auto_layout
 
@@ -339,15 +337,7 @@ def markdown(rows: list[Row]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the tables, after each case anew."""
-    parser = argparse.ArgumentParser(prog="python -m bench.scenarios", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", metavar="case", help=f"default: all of {', '.join(CASES)}")
-    parser.add_argument("--table", default=None, help="cost table, default: the user's")
-    parser.add_argument("--small", action="store_true", help="small shapes, few pairs: to see that it works")
-    parser.add_argument("--budget", type=float, default=3600.0, help="seconds of measuring, over all cases")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    given = parser.parse_args(argv)
-    if unknown := [name for name in given.cases if name not in CASES]:
-        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(CASES)}")
+    given = parsed(arguments("scenarios", __doc__, CASES), CASES, argv)
     write_rows(
         given.out / f"scenarios-jax{jax.__version__}{'-small' * given.small}",
         given.cases,

@@ -19,7 +19,6 @@ same step in eager mode, channels last, its time over auto_layout's.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import math
 import os
@@ -28,7 +27,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +38,7 @@ from jax import lax
 
 from bench.models import ALL_MODELS
 from bench.networks import errors, normal
-from bench.rows import compared, write_rows
+from bench.rows import arguments, compared, parsed, write_rows
 from bench.timing import Contender, first_call, in_turn, middle, paired
 from jaxlayout import auto_layout, keep_freed_memory
 
@@ -370,16 +368,9 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the cases and write the tables, after each case anew."""
-    parser = argparse.ArgumentParser(prog="python -m bench.training", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=f"default: all of {', '.join(CASES)}")
-    parser.add_argument("--table", default=None, help="cost table, default: the user's")
-    parser.add_argument("--small", action="store_true", help="small shapes, few pairs: to see that it works")
-    parser.add_argument("--budget", type=float, default=7200.0, help="seconds of measuring, over all cases")
+    parser = arguments("training", __doc__, CASES, 7200.0)
     parser.add_argument("--keep-memory", action="store_true", help="after jaxlayout.keep_freed_memory()")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    given = parser.parse_args(argv)
-    if unknown := set(given.cases) - set(CASES):
-        parser.error(f"no such case: {', '.join(sorted(unknown))}")
+    given = parsed(parser, CASES, argv)
     if given.keep_memory and not keep_freed_memory():
         parser.error("--keep-memory: this C library does not know how")
     write_rows(

@@ -24,13 +24,13 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
-from jaxlayout.line import cost_model, decide, default_device
+from jaxlayout.line import cost_model, decide
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
-from jaxlayout.threads import apart, device_of, is_real
+from jaxlayout.threads import apart, default_device, device_of, is_real
 from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]

@@ -22,11 +22,11 @@ from jax.extend.core import jaxprs_in_params
 
 from jaxlayout._compat import eval_equations, open_jaxpr
 from jaxlayout.accept import Verdict, accept, draws, liveliest
-from jaxlayout.convs.candidates import Candidate, candidates
+from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
-from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.environment import Environment, current_environment
 from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import Compiled, CompilerOptions, Job, available_memory, compile_in, measure
 from jaxlayout.costs.measurement import Measurement
@@ -47,7 +47,7 @@ from jaxlayout.progress import Progress, Silent
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.rewrite.still import still_values
-from jaxlayout.threads import Workers
+from jaxlayout.threads import Workers, default_device
 
 logger = logging.getLogger("jaxlayout")
 
@@ -167,12 +167,6 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
 
 
-def default_device() -> Any:
-    """The device that this thread computes on."""
-    config: Any = jax.config
-    return config.jax_default_device or jax.local_devices()[0]
-
-
 def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
     """The costs on a device under these options."""
     environment = current_environment(device, _compiled(compiler_options)).fingerprint
@@ -221,7 +215,6 @@ class _Line:
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
-        self.here = current_environment(self.device, compiled)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""}
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
@@ -273,8 +266,7 @@ class _Line:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            preferred = self.model.policy.preferred(conv.rank, conv.lhs_dtype)
-            ways = candidates(conv, written, relaxed=self.options.numerics == "relaxed", preferred=preferred)
+            ways = self.model.candidates(conv, written, relaxed=self.options.numerics == "relaxed")
             return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
         return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
@@ -390,6 +382,11 @@ class _Line:
             self.progress.step()
             done += 1
         return done
+
+    @cached_property
+    def here(self) -> Environment:
+        """What a worker has to be like."""
+        return current_environment(self.device, _compiled(self.compiler_options))
 
     def request(self, make: Callable[[], Job]) -> Request:
         """A job for the workers of an executor."""

@@ -12,6 +12,16 @@ import jax
 from jax.core import Tracer
 
 
+def default_device() -> Any:
+    """The device that this thread computes on."""
+    config: Any = jax.config
+    told = config.jax_default_device
+    if isinstance(told, str):
+        return jax.local_devices(backend=told)[0]
+    # Local: in a multi-process program jax.devices()[0] may be another machine's.
+    return jax.local_devices()[0] if told is None else told
+
+
 class Workers(ThreadPoolExecutor):
     """Threads with the JAX settings of the thread that makes them (settings are thread-local), but for what would
     disturb tuning. `device`: their default device, if not that thread's."""
@@ -19,8 +29,8 @@ class Workers(ThreadPoolExecutor):
     def __init__(self, count: int, device: Any = None):
         super().__init__(count, thread_name_prefix="jaxlayout")
         config: Any = jax.config
-        device = device or config.jax_default_device
-        self._device = jax.local_devices(backend=device)[0] if isinstance(device, str) else device
+        told = config.jax_default_device is not None
+        self._device = default_device() if device is None and told else device
         self._precision = config.jax_default_matmul_precision
         self._x64 = config.jax_enable_x64
 

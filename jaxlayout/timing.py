@@ -23,6 +23,11 @@ class Paired:
     """Half the interquartile range of the ratios."""
     pairs: int
 
+    def to_json(self, first: str, second: str) -> dict[str, float]:
+        """Plain data, the two called by these names."""
+        times = {f"{first}_ms": self.first_ms, f"{second}_ms": self.second_ms}
+        return times | {"ratio": self.ratio, "spread": self.spread, "pairs": self.pairs}
+
 
 def paired(
     first: Callable[..., Any],

@@ -67,11 +67,7 @@ def _bench(given: argparse.Namespace) -> int:
         print_json(
             {
                 "target": given.target,
-                "jit_ms": seen.first_ms,
-                "auto_layout_ms": seen.second_ms,
-                "ratio": seen.ratio,
-                "spread": seen.spread,
-                "pairs": seen.pairs,
+                **seen.to_json("jit", "auto_layout"),
                 "kept": outcome.kept,
                 "reason": outcome.verdict.reason,
             }

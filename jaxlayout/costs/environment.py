@@ -20,6 +20,7 @@ import jax.extend.backend
 
 from jaxlayout.costs.sqlite import SCHEMA_VERSION
 from jaxlayout.costs.table import describe
+from jaxlayout.threads import default_device
 
 Device = Any  # jax.Device, which type checkers cannot see through
 Pairs = tuple[tuple[str, str], ...]
@@ -99,7 +100,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
     calling thread sees them, so call it inside `jax.enable_x64()` and the like, not in a worker thread. Cost tables
     are told what its fingerprint stands for.
     """
-    device = _default_device() if device is None else device
+    device = default_device() if device is None else device
     model, features = _processor()
     on_cpu = device.platform == "cpu"
     environment = Environment(
@@ -126,15 +127,6 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
 def _pairs(mapping: Mapping[str, object]) -> Pairs:
     """Sorted pairs of strings; entries that are None or "" are left out."""
     return tuple((str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, ""))
-
-
-def _default_device() -> Device:
-    """The device that a computation without committed operands runs on."""
-    default = _option("jax_default_device")
-    if isinstance(default, str):
-        return jax.local_devices(backend=default)[0]
-    # Local: in a multi-process program jax.devices()[0] may be another machine's.
-    return default if default is not None else jax.local_devices()[0]
 
 
 def _option(name: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measure import (
     CompilerOptions,
@@ -63,6 +63,11 @@ class CostModel:
     def peaks(self, device: Any, compiler_options: CompilerOptions) -> Peaks:
         """The machine's, as far as the table knows them, to be looked at again."""
         return Peaks(device, compiler_options, self.known(KEY), partial(self.record, KEY))
+
+    def candidates(self, conv: ConvSignature, written: Candidate, *, relaxed: bool) -> tuple[Candidate, ...]:
+        """All that is worth timing here for a convolution, the form written first."""
+        preferred = self.policy.preferred(conv.rank, conv.lhs_dtype)
+        return candidates(conv, written, relaxed=relaxed, preferred=preferred)
 
     def learned(self, job: Job) -> bool:
         """Whether the table knows all of a job by now: another process may have measured it meanwhile."""

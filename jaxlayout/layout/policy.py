@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlayout.layout.names import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.threads import default_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +40,7 @@ class LayoutPolicy:
         """The prior for a device of JAX, by its platform, its compute capability and its kind; None: the default
         device. An unknown platform is taken for a CPU."""
         if device is None:
-            config: Any = jax.config
-            device = config.jax_default_device or jax.local_devices()[0]
+            device = default_device()
         if device.platform in ("gpu", "cuda", "rocm"):
             generation = _generation(device)
             return HOPPER if generation >= 9 else VOLTA if generation >= 7 else GPU

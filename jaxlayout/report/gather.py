@@ -10,7 +10,7 @@ from typing import Any
 
 from jax.extend import source_info_util
 
-from jaxlayout.convs.candidates import Candidate, candidates
+from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import Enumerate, LayoutGraph, Mode, Node, Path, build_graph
@@ -42,7 +42,7 @@ def explain(
     candidates were allowed. `frozen`: which arguments are, if any."""
 
     def offered(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-        return candidates(conv, written, relaxed=relaxed)
+        return model.candidates(conv, written, relaxed=relaxed)
 
     still = still_values(jaxpr, frozen) if any(frozen) else ()
     graph = build_graph(jaxpr, offered, model.context, still)
