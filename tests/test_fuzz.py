@@ -3,17 +3,15 @@ all real lowerings at random, against plain JAX."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import pytest
-from conftest import measurement
 from drawing import examples
 from hypothesis import assume, event, given
 from hypothesis import strategies as st
-from programs import Program, programs
+from programs import Program, at_random, programs
 from test_retrace import assert_same, inexact, real_part
 from test_transformations import Function, by_cond, by_grad, by_scan, by_vmap
 
@@ -65,19 +63,6 @@ WAYS: dict[str, Way] = {
     "in a branch": derived(by_cond),
     "frozen": frozen,
 }
-
-
-def at_random(seed: int) -> Callable[..., Any]:
-    """In place of measuring: each alternative of a job costs what the seed says, and the one written dearly."""
-
-    def measure(jobs: Sequence[Any], **_: Any) -> Any:
-        for job in jobs:
-            costs = {name: random.Random(f"{seed} {job.key} {name}").uniform(1, 1e4) for name in job.alternatives}
-            if len(costs) > 1:
-                costs[next(iter(costs))] = 1e9
-            yield job, {name: measurement(ns) for name, ns in costs.items()}
-
-    return measure
 
 
 @examples(30)
