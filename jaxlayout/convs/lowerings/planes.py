@@ -61,7 +61,7 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
     """Position o reads plane o * stride + t * step - low at tap t."""
     size, positions, stride = conv.spatial[0], conv.out_spatial[0], conv.strides[0]
     wide = conv.preferred_element_type if conv.accumulator == conv.out_dtype else conv.accumulator
-    shape = (conv.batch, positions, *conv.out_shape(dims.out)[2:])
+    shape = conv.out_shape(dims.out)
     out = lax.full(shape, 0, conv.accumulator)
     for tap in range(conv.kernel[0]):
         shift = conv.padding[0][0] - tap * conv.rhs_dilation[0]
@@ -76,7 +76,7 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
         part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=wide)
         kernel = lax.index_in_dim(rhs, tap, dims.rhs.axes.index("D"), keepdims=False)
         summand = convolve(part, _merged(planes, 1), kernel)
-        summand = lax.reshape(summand, (*planes.shape[:2], *shape[2:]))
+        summand = lax.reshape(summand, (shape[0], planes.shape[1], *shape[2:]))
         edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
         # A barrier, or all summands are kept until the last is there.
         out = lax.optimization_barrier(out + lax.pad(summand, lax.full((), 0, summand.dtype), edges))
