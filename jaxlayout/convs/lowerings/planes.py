@@ -22,8 +22,9 @@ class Planes(Composite):
     round: each position of out is one convolution of planes, the depth merged into the features that are summed over.
 
     Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PLANES` taps or positions; any stride,
-    kernel dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels
-    last, and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the
+    kernel dilation and padding; the first way needs one batch group (XLA computes those of several images by masks,
+    which spread a NaN), the second one feature group. Native where that merge is a reshape: channels last, and the order
+    that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the
     second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in
     float32 for half precision.
     """
@@ -34,7 +35,8 @@ class Planes(Composite):
         if conv.rank != 3 or conv.lhs_dilation[0] != 1 or min(conv.kernel[0], conv.out_spatial[0]) > MAX_PLANES:
             return
         if not _few_positions(conv):
-            yield ConvDimensionNumbers.channels_last(3)
+            if conv.batch_groups == 1:
+                yield ConvDimensionNumbers.channels_last(3)
         elif conv.feature_groups == 1:
             yield ConvDimensionNumbers.kernel_gradient(3)
 
