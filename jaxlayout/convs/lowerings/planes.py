@@ -22,11 +22,11 @@ class Planes(Composite):
     round: each position of out is one convolution of planes, the depth merged into the features that are summed over.
 
     Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PLANES` taps or positions; any stride,
-    kernel dilation and padding; the first way needs one batch group (XLA computes those of several images by masks,
-    which spread a NaN), the second one feature group. Native where that merge is a reshape: channels last, and the order
-    that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the
-    second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in
-    float32 for half precision.
+    kernel dilation and padding; the first way needs one batch group (groups of several images, which merging makes, XLA
+    computes by masks, and those spread a NaN), the second one feature group. Native where that merge is a reshape:
+    channels last, and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where
+    strided); the second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial
+    sums in float32 for half precision.
     """
 
     name = "planes"
