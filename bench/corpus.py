@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ from jax.extend.core import jaxprs_in_params
 from bench import networks, scenarios, training
 from bench.models import ALL_MODELS, packages, zoo
 from bench.models.packages import Program, flax_program, graded, normal
-from bench.networks import errors, errors_from
+from bench.networks import errors_from, in_float64
 from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.timing import first_call, paired
 from jaxlayout import auto_layout
@@ -44,23 +44,27 @@ PAIRS, SECONDS = 61, 7.0
 WIDE_SECONDS, WIDE_TIMES = 15.0, 4.0
 """A float64 run may take so long, and takes so many times a float32 one."""
 FLOOR = 1e-3
-"""Of the largest rms of all results: what an error is relative to where an array is smaller."""
+"""Of the largest gradient's rms: what an error is relative to where a gradient is smaller."""
 NOT_SLOWER = 0.97
 HEAVY = 0.9
 
 ABOUT = f"""\
 Columns: the group that a function is of (`bench`, the networks of `bench.models`; `user`, what users wrote and
 reported; `negative`, where little or nothing should be gained; `flax`, networks of the literature in flax; else the
-package that it comes from); inference, or loss and gradients with respect to the parameters, which are arguments;
-whether it is conv-heavy, computed from the program as written: its convolutions do at least {HEAVY:.0%} of the
-multiply-adds of convolutions and dots (none counted with a zero of a padding or dilation), and more of them than all
-other equations compute elements, each counted as often as its scan runs. Medians in ms; ratio, the median of pairwise
-ratios, and half its interquartile range; whether the program was rewritten or kept as it was, and why: one that was
-kept is the same program on both sides, and its ratio is noise. The largest difference between the two results, each
-array's relative to its rms (or to {FLOOR:g} of the largest array's, where that is more); where rewritten, their errors
-against a float64 run, where there is one within {WIDE_SECONDS:.0f} s (Keras computes in float32 whatever it is given);
-temporary memory, tuned / written; seconds of the first call but for one run, nothing cached, the plan stored (of jit); seconds of tuning, and how many convolutions and
-transposes were timed: fewer where cases before had the same."""
+package that it comes from); inference, loss and gradients with respect to the parameters, which are arguments, or steps
+of training in a scan; whether it is conv-heavy, computed from the program as written: its convolutions do at least
+{HEAVY:.0%} of the multiply-adds of convolutions and dots (none counted with a zero of a padding or dilation), and more
+of them than all other equations compute elements, each counted as often as its scan runs. Medians in ms; ratio, the
+median of pairwise ratios, and half its interquartile range; whether the program was rewritten or kept as it was, and
+why: one that was kept is the same program on both sides, and its ratio is noise. The largest difference between the two
+results, each array's relative to its rms (a gradient's to {FLOOR:g} of the largest one's, where that is more: some are
+rounding alone); where rewritten, their errors against a float64 run, where there is one within {WIDE_SECONDS:.0f} s
+(Keras computes in float32 whatever it is given); temporary memory, tuned / written; seconds of the first call but for
+one run, nothing cached, the plan stored (of jit); seconds of tuning, and how many convolutions and transposes were
+timed: fewer where cases before had the same."""
+
+
+What = Literal["inference", "gradient", "training"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +74,7 @@ class Case:
     group: str
     build: Callable[[bool], Program]
     """Makes it, small or not, and its arguments."""
-    gradient: bool = False
+    what: What = "inference"
     needs: str | None = None
     """A package that may not be there."""
 
@@ -89,7 +93,7 @@ def model(name: str, batch: int, size: int, gradient: bool, small: bool) -> Prog
     assert train is not None
     variables = dict(variables)
     params = variables.pop("params")
-    return graded(lambda p, state, x: train({"params": p, **state}, x)), (params, variables, images)
+    return graded(lambda p, state, x: train({"params": p, **state}, x)[0]), (params, variables, images)
 
 
 # What users wrote
@@ -225,15 +229,19 @@ def lstm(small: bool) -> Program:
 # The cases
 
 
+def kind(gradient: bool) -> What:
+    return "gradient" if gradient else "inference"
+
+
 def bench_case(name: str, gradient: bool = False, batch: int = 2, size: int = 128) -> Case:
-    return Case(group="bench", build=partial(model, name, batch, size, gradient), gradient=gradient)
+    return Case(group="bench", build=partial(model, name, batch, size, gradient), what=kind(gradient))
 
 
 def flax_case(module: Any, shape: tuple[int, ...], tiny: tuple[int, ...], gradient: bool = False) -> Case:
     def build(small: bool) -> Program:
         return flax_program(module, normal(*(tiny if small else shape)), gradient)
 
-    return Case(group="flax", build=build, gradient=gradient)
+    return Case(group="flax", build=build, what=kind(gradient))
 
 
 def package_case(group: str, name: str, gradient: bool = False, side: int = 128, tiny: int = 32) -> Case:
@@ -243,7 +251,7 @@ def package_case(group: str, name: str, gradient: bool = False, side: int = 128,
         images = normal(1, tiny, tiny, 3) if small else normal(2, side, side, 3)
         return packages.BUILDERS[group](name, images, gradient)
 
-    return Case(group=group, build=build, gradient=gradient, needs=group)
+    return Case(group=group, build=build, what=kind(gradient), needs=group)
 
 
 def equinox_case(
@@ -252,7 +260,7 @@ def equinox_case(
     def build(small: bool) -> Program:
         return packages.equinox_program(make(), normal(*(tiny if small else shape)), gradient)
 
-    return Case(group="equinox", build=build, gradient=gradient, needs="equinox")
+    return Case(group="equinox", build=build, what=kind(gradient), needs="equinox")
 
 
 BENCH = {
@@ -270,17 +278,17 @@ BENCH = {
     "unet3d_grad": bench_case("unet3d", True, batch=1, size=16),
 }
 USER = {
-    "jax13800_backward": Case(group="user", build=lambda s: scenarios.jax13800_backward(s).written, gradient=True),
+    "jax13800_backward": Case(group="user", build=lambda s: scenarios.jax13800_backward(s).written, what="gradient"),
     "jax31662_transposed3d_grad": Case(
-        group="user", build=lambda s: scenarios.jax31662_transposed3d_grad(s).written, gradient=True
+        group="user", build=lambda s: scenarios.jax31662_transposed3d_grad(s).written, what="gradient"
     ),
-    "equinox432_step": Case(group="user", build=lambda s: scenarios.equinox432_step(s).written, gradient=True),
-    "keras23041_depthwise": Case(group="user", build=keras23041_depthwise, gradient=True),
+    "equinox432_step": Case(group="user", build=lambda s: scenarios.equinox432_step(s).written, what="gradient"),
+    "keras23041_depthwise": Case(group="user", build=keras23041_depthwise, what="gradient"),
     "instance_norm_unet3d": Case(group="user", build=lambda s: scenarios.instance_norm_unet3d(s).written),
-    "nchw_autoencoder": Case(group="user", build=nchw_autoencoder, gradient=True),
+    "nchw_autoencoder": Case(group="user", build=nchw_autoencoder, what="gradient"),
     "nchw_scan": Case(group="user", build=lambda s: loop(training.nchw_scan(s))),
-    "flax_scan": Case(group="user", build=lambda s: loop(training.flax_scan(s)), gradient=True),
-    "alphazero_scan": Case(group="user", build=alphazero_scan, gradient=True),
+    "flax_scan": Case(group="user", build=lambda s: loop(training.flax_scan(s)), what="training"),
+    "alphazero_scan": Case(group="user", build=alphazero_scan, what="training"),
 }
 NEGATIVE = {
     "mlp": Case(group="negative", build=lambda small: networks.mlp()),
@@ -290,12 +298,12 @@ NEGATIVE = {
     "nearest_upsampling": Case(group="negative", build=lambda s: scenarios.nearest_upsampling(s).written),
     "vit": Case(group="negative", build=flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3)).build),
     "vit_grad": Case(
-        group="negative", build=flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3), True).build, gradient=True
+        group="negative", build=flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3), True).build, what="gradient"
     ),
     "lenet": Case(group="negative", build=flax_case(zoo.LeNet(), (1, 28, 28, 1), (1, 28, 28, 1)).build),
     "while_conv": Case(group="negative", build=while_conv),
     "fourier_layers": Case(group="negative", build=fourier_layers),
-    "lstm": Case(group="negative", build=lstm, gradient=True),
+    "lstm": Case(group="negative", build=lstm, what="gradient"),
 }
 FLAX = {
     "dcgan": flax_case(zoo.DCGAN(), (8, 1, 1, 100), (1, 1, 1, 100)),
@@ -376,10 +384,16 @@ def all_wide(fun: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     return all(x.dtype == np.float64 for x in (*inside, *jaxpr.out_avals) if jnp.issubdtype(x.dtype, np.floating))
 
 
+def apart(exact: Any, out: Any, gradient: bool) -> float:
+    """The largest difference of any array, relative to its rms. That of a loss is none of the gradients' beside it."""
+    pairs = zip(exact, out, strict=True) if isinstance(exact, tuple) else [(exact, out)]
+    return max(errors_from(e, o, floor=FLOOR * gradient)[0] for e, o in pairs)
+
+
 def run(name: str, table: str | None, small: bool, budget: float) -> Row:
     """One row; without a ratio where its package is not there, or the case fails."""
     case = CASES[name]
-    row = {"case": name, "group": case.group, "gradient": case.gradient}
+    row = {"case": name, "group": case.group, "what": case.what}
     if case.needs is not None:
         try:
             importlib.import_module(case.needs)
@@ -388,7 +402,7 @@ def run(name: str, table: str | None, small: bool, budget: float) -> Row:
         package = INSTALLED.get(case.needs, case.needs)
         row["package"] = f"{package} {importlib.metadata.version(package)}"
     try:
-        return row | measured(name, *case.build(small), table, small, budget)
+        return row | measured(name, *case.build(small), case.what == "gradient", table, small, budget)
     except Exception as error:
         traceback.print_exc()
         return row | {"failed": repr(error)}
@@ -397,7 +411,13 @@ def run(name: str, table: str | None, small: bool, budget: float) -> Row:
 
 
 def measured(
-    name: str, fun: Callable[..., Any], args: tuple[Any, ...], table: str | None, small: bool, budget: float
+    name: str,
+    fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    gradient: bool,
+    table: str | None,
+    small: bool,
+    budget: float,
 ) -> Row:
     """What is timed and compared of a function."""
     convolutions, dots, elements = work(jax.make_jaxpr(fun)(*args))
@@ -405,24 +425,27 @@ def measured(
     outcome = tune().outcome(*args)
     jax.clear_caches()
     expected, plain_s = first_call(jax.jit(fun), *args)
+    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), expected)
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(wide)):
+        raise ValueError("the case is of no use: its results are not finite")
     jax.clear_caches()
     tuned, plain = tune(), jax.jit(fun)
     found, tuned_s = first_call(tuned, *args)
     jax.block_until_ready(plain(*args))
     seen = paired(plain, tuned, *args, pairs=3) if small else paired(plain, tuned, *args, pairs=PAIRS, seconds=SECONDS)
-    wide = jax.tree.map(lambda x: np.asarray(x, np.float64), expected)
     row = compared(name, seen, outcome) | {
         "multiply_adds": {"convolutions": convolutions, "dots": dots},
         "elements": elements,
         "heavy": is_heavy(convolutions, dots, elements),
-        "apart": errors_from(wide, found, floor=FLOOR)[0],
+        "apart": apart(wide, found, gradient),
         "error": None,
         "error_jit": None,
         "compile_s": max(0.0, tuned_s - seen.second_ms / 1e3),
         "compile_jit_s": max(0.0, plain_s - seen.first_ms / 1e3),
     }
     if outcome.kept and plain_s + WIDE_TIMES * seen.first_ms / 1e3 < WIDE_SECONDS and all_wide(fun, args):
-        row["error"], row["error_jit"] = errors(fun, args, found, expected, floor=FLOOR)
+        exact = in_float64(fun, args)
+        row["error"], row["error_jit"] = apart(exact, found, gradient), apart(exact, expected, gradient)
     return row
 
 
@@ -438,7 +461,7 @@ def markdown(rows: list[Row]) -> str:
         return "–" if value is None else format(value, form)
 
     def line(r: Row) -> str:
-        start = f"| {r['case']} | {r['group']} | {'gradient' if r['gradient'] else 'inference'} "
+        start = f"| {r['case']} | {r['group']} | {r['what']} "
         if "ratio" not in r:
             said = f"not installed: {r['missing']}" if "missing" in r else f"failed: {r['failed']}"
             return f"{start}| – | – | – | – | {said} | – | – | – | – | – |"

@@ -144,7 +144,7 @@ def test_forms(tmp_path, costs, monkeypatch):
 def test_corpus(tmp_path, monkeypatch, capsys):
     """Of a case that cannot be built, or whose package is not there, there is a row too."""
     absent = corpus.Case(group="other", build=corpus.lstm, needs="no_such_package")
-    wrong = corpus.Case(group="user", build=lambda small: (jnp.sin, ("no array",)), gradient=True)
+    wrong = corpus.Case(group="user", build=lambda small: (jnp.sin, ("no array",)), what="gradient")
     monkeypatch.setitem(corpus.CASES, "absent", absent)
     monkeypatch.setitem(corpus.CASES, "wrong", wrong)
     names = ["nchw_autoencoder", "lstm", "absent", "wrong"]
@@ -153,7 +153,7 @@ def test_corpus(tmp_path, monkeypatch, capsys):
     assert [row["case"] for row in rows] == names
     assert len(columns(tmp_path, "corpus")) == 1
     autoencoder, lstm, absent, wrong = rows
-    assert autoencoder["kept"] and autoencoder["heavy"] and autoencoder["gradient"]
+    assert autoencoder["kept"] and autoencoder["heavy"] and autoencoder["what"] == "gradient"
     assert 0 < autoencoder["error"] < 1e-4 and autoencoder["apart"] < 1e-4
     assert not lstm["kept"] and not lstm["heavy"] and lstm["error"] is None and lstm["apart"] == 0
     assert "no_such_package" in absent["missing"] and "TypeError" in wrong["failed"]
@@ -179,11 +179,12 @@ def test_the_work_of_a_program():
     assert corpus.is_heavy(90, 10, 89) and not corpus.is_heavy(89, 11, 0) and not corpus.is_heavy(90, 0, 90)
 
 
-def test_errors_of_what_is_nothing_but_rounding():
-    """Are relative to what else there is."""
+def test_errors_of_gradients_that_are_rounding_alone():
+    """Are relative to the other gradients, and not to the loss."""
     exact, out = (np.ones(3), np.full(3, 1e-12)), (np.ones(3), np.zeros(3))
-    assert networks.errors_from(exact, out) == [1.0]
-    assert networks.errors_from(exact, out, floor=1e-3) == [1e-9]
+    loss = np.float64(1e6)
+    assert corpus.apart((loss, exact), (loss, out), False) == 1.0
+    assert corpus.apart((loss, exact), (loss, out), True) == pytest.approx(1e-9)
 
 
 def test_gpu_on_a_cpu(tmp_path):

@@ -1,8 +1,8 @@
 """Networks from packages that are installed: Keras on JAX, Haiku, flaxmodels, jax-resnet, and two written with
 Equinox. Each builder imports its package when it is called; weights are drawn here, nothing is downloaded.
 
-A builder gives a function and its arguments, `(weights, x)` for inference, `(weights, state, x)` for the loss, its
-gradients with respect to the weights, and the new state. Each loss is the mean square of the results.
+A builder gives a function and its arguments: `(weights, x)` for inference, `(weights, state, x)` for the mean square of
+what the network gives in training, and its gradients with respect to the weights.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ def drawn(name: str, leaf: Any, out: int = -1) -> jax.Array:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros(leaf.shape, leaf.dtype)
     name = name.lower()
-    if "var" in name and leaf.ndim != 4:
-        return jnp.asarray(_rng.uniform(1.0, 2.0, leaf.shape), leaf.dtype)
     if prod(leaf.shape) == max((1, *leaf.shape)):  # a vector, whatever its rank
-        ones = any(word in name for word in ("scale", "gamma", ".weight"))
-        values = _rng.uniform(0.5, 1.5, leaf.shape) if ones else 0.1 * _rng.standard_normal(leaf.shape)
+        if "var" in name:
+            values = _rng.uniform(1.0, 2.0, leaf.shape)
+        elif any(word in name for word in ("scale", "gamma", ".weight")):
+            values = _rng.uniform(0.5, 1.5, leaf.shape)
+        else:
+            values = 0.1 * _rng.standard_normal(leaf.shape)
         return jnp.asarray(values, leaf.dtype)
     terms = prod(leaf.shape) / leaf.shape[out]
     return jnp.asarray(sqrt(2 / terms) * _rng.standard_normal(leaf.shape), leaf.dtype)
@@ -54,14 +56,13 @@ def mean_square(out: Any) -> jax.Array:
     return sum((jnp.square(x).mean() for x in jax.tree.leaves(out)), start=jnp.zeros(()))
 
 
-def graded(apply: Callable[[Any, Any, Any], tuple[Any, Any]]) -> Callable[..., Any]:
-    """Loss, new state and gradients of what gives results and new state of (weights, state, x)."""
+def graded(apply: Callable[[Any, Any, Any], Any]) -> Callable[..., Any]:
+    """Loss and gradients with respect to the weights of what gives results of (weights, state, x)."""
 
-    def loss(weights: Any, state: Any, x: Any) -> tuple[jax.Array, Any]:
-        out, state = apply(weights, state, x)
-        return mean_square(out), state
+    def loss(weights: Any, state: Any, x: Any) -> jax.Array:
+        return mean_square(apply(weights, state, x))
 
-    return jax.value_and_grad(loss, has_aux=True)
+    return jax.value_and_grad(loss)
 
 
 def flax_program(module: Any, x: jax.Array, gradient: bool = False, **keywords: Any) -> Program:
@@ -70,8 +71,8 @@ def flax_program(module: Any, x: jax.Array, gradient: bool = False, **keywords: 
     if not gradient:
         return lambda variables, x: module.apply(variables, x, **keywords), (variables, x)
 
-    def apply(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-        return module.apply({"params": params, **state}, x, mutable=list(state), **keywords)
+    def apply(params: Any, state: Any, x: Any) -> Any:
+        return module.apply({"params": params, **state}, x, mutable=list(state), **keywords)[0]
 
     params = variables.pop("params")
     return graded(apply), (params, variables, x)
@@ -96,7 +97,7 @@ def keras_program(name: str, x: jax.Array, gradient: bool = False, **keywords: A
 
     weights, state = values(model.trainable_variables), values(model.non_trainable_variables)
     if gradient:
-        return graded(lambda w, s, x: model.stateless_call(w, s, x, training=True)), (weights, state, x)
+        return graded(lambda w, s, x: model.stateless_call(w, s, x, training=True)[0]), (weights, state, x)
 
     def apply(variables: Any, x: Any) -> Any:
         return model.stateless_call(*variables, x, training=False)[0]
@@ -115,7 +116,7 @@ def haiku_program(name: str, x: jax.Array, gradient: bool = False) -> Program:
     # Only training makes the state.
     weights, state = drawn_tree(jax.eval_shape(lambda x: net.init(jax.random.key(0), x, True), x))
     if gradient:
-        return graded(lambda weights, state, x: net.apply(weights, state, x, True)), (weights, state, x)
+        return graded(lambda weights, state, x: net.apply(weights, state, x, True)[0]), (weights, state, x)
     return lambda variables, x: net.apply(*variables, x, False)[0], ((weights, state), x)
 
 
@@ -157,7 +158,7 @@ def equinox_program(build: Callable[[Any], Any], x: jax.Array, gradient: bool = 
         return jax.vmap(eqx.combine(weights, rest))(x)
 
     if gradient:
-        return graded(lambda weights, state, x: (apply(weights, x), state)), (weights, (), x)
+        return graded(lambda weights, state, x: apply(weights, x)), (weights, (), x)
     return apply, (weights, x)
 
 
