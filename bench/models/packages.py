@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+os.environ["KERAS_BACKEND"] = "jax"  # read where Keras is imported
+
 Program = tuple[Callable[..., Any], tuple[Any, ...]]
 """A function and its arguments."""
 
@@ -80,7 +82,6 @@ def flax_program(module: Any, x: jax.Array, gradient: bool = False, **keywords: 
 
 def keras_program(name: str, x: jax.Array, gradient: bool = False, **keywords: Any) -> Program:
     """A network of `keras.applications`."""
-    os.environ["KERAS_BACKEND"] = "jax"
     import keras
 
     build = getattr(keras.applications, name)
