@@ -29,8 +29,8 @@ from jax.extend.core import jaxprs_in_params
 
 from bench import networks, scenarios, training
 from bench.models import ALL_MODELS, packages, zoo
-from bench.models.packages import Program, flax_program, graded, normal
-from bench.networks import errors_from, in_float64
+from bench.models.packages import Program, flax_program, graded
+from bench.networks import errors_from, in_float64, normal
 from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.timing import first_call, paired
 from jaxlayout import auto_layout
@@ -237,11 +237,13 @@ def bench_case(name: str, gradient: bool = False, batch: int = 2, size: int = 12
     return Case(group="bench", build=partial(model, name, batch, size, gradient), what=kind(gradient))
 
 
-def flax_case(module: Any, shape: tuple[int, ...], tiny: tuple[int, ...], gradient: bool = False) -> Case:
+def flax_case(
+    module: Any, shape: tuple[int, ...], tiny: tuple[int, ...], gradient: bool = False, group: str = "flax"
+) -> Case:
     def build(small: bool) -> Program:
         return flax_program(module, normal(*(tiny if small else shape)), gradient)
 
-    return Case(group="flax", build=build, what=kind(gradient))
+    return Case(group=group, build=build, what=kind(gradient))
 
 
 def package_case(group: str, name: str, gradient: bool = False, side: int = 128, tiny: int = 32) -> Case:
@@ -296,11 +298,9 @@ NEGATIVE = {
     "resnet_block": Case(group="negative", build=resnet_block),
     "one_among_many": Case(group="negative", build=lambda small: networks.one_among_many()),
     "nearest_upsampling": Case(group="negative", build=lambda s: scenarios.nearest_upsampling(s).written),
-    "vit": Case(group="negative", build=flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3)).build),
-    "vit_grad": Case(
-        group="negative", build=flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3), True).build, what="gradient"
-    ),
-    "lenet": Case(group="negative", build=flax_case(zoo.LeNet(), (1, 28, 28, 1), (1, 28, 28, 1)).build),
+    "vit": flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3), group="negative"),
+    "vit_grad": flax_case(zoo.ViT(), (4, 128, 128, 3), (1, 32, 32, 3), True, group="negative"),
+    "lenet": flax_case(zoo.LeNet(), (1, 28, 28, 1), (1, 28, 28, 1), group="negative"),
     "while_conv": Case(group="negative", build=while_conv),
     "fourier_layers": Case(group="negative", build=fourier_layers),
     "lstm": Case(group="negative", build=lstm, what="gradient"),

@@ -24,11 +24,6 @@ Program = tuple[Callable[..., Any], tuple[Any, ...]]
 _rng = np.random.default_rng(0)
 
 
-def normal(*shape: int, scale: float = 1.0) -> jax.Array:
-    """Ordinary numbers of a shape, others at each call."""
-    return jnp.asarray(scale * _rng.standard_normal(shape, np.float32))
-
-
 def drawn(name: str, leaf: Any, out: int = -1) -> jax.Array:
     """Random values of a parameter by its name, so that signals neither fade nor blow up. `out`: the axis of a kernel
     that counts the features it gives (not their number for each feature taken: a depthwise one is (..., 1, features)).
