@@ -264,7 +264,8 @@ class _Line:
 
         found = [
             (distance(json.loads(sizes)), outcome)
-            for _, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            for function, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            if function != self.key.function  # else it has been refused: no hint either
             if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self.parsed(payload)) is not None
         ]
         if not found:

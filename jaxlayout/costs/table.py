@@ -26,7 +26,7 @@ from typing import Any, TypeVar, cast
 
 from jaxlayout.checked import number
 from jaxlayout.costs import sqlite
-from jaxlayout.costs.lock import file_lock
+from jaxlayout.costs.lock import file_lock, locks_work
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row
 
@@ -355,6 +355,10 @@ class CostTable:
         self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
         return self._connection
 
+    @property
+    def _lock_path(self) -> str:
+        return f"{self.path}.lock"
+
     def _is_current(self) -> bool:
         """Whether the open file is still the one of that name."""
         return self._in_memory or self._file == sqlite.identity(self.path)
@@ -373,6 +377,10 @@ class CostTable:
             self._connection = sqlite.connect(f"{self.path.as_uri()}?mode=rwc", self._patience, self.path)
             self._file = self._file or sqlite.identity(self.path)
         except (sqlite3.OperationalError, OSError) as error:
+            if sqlite.is_busy(error) and not locks_work(self._lock_path):  # all that SQLite says of ENOLCK is "locked"
+                self._in_memory = True
+                self._warn("is where files cannot be locked; records are kept for this process only")
+                return
             if sqlite.is_busy(error) or sqlite.is_damage(error):
                 raise
             with contextlib.suppress(sqlite3.OperationalError):
@@ -386,7 +394,7 @@ class CostTable:
     def _set_aside(self, error: Exception) -> None:
         """Renames the unusable file; copies what is valid in it to a new one, in memory where that fails."""
         self._disconnect()
-        with file_lock(f"{self.path}.lock", REPAIR_SECONDS, what="repairing the cost table"):
+        with file_lock(self._lock_path, REPAIR_SECONDS, what="repairing the cost table"):
             if self._file != sqlite.identity(self.path):
                 return  # another process was quicker
             try:

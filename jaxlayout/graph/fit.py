@@ -73,7 +73,8 @@ def _site_objection(eqn: Any, mode: Mode, candidate: Candidate, relaxed: bool) -
     conv = ConvSignature.of(lhs, rhs, eqn.params)
     written = Candidate(chosen_lowering(eqn.params), dims)
     # XLA takes any order, and a plan may be of a device that prefers another.
-    if candidate.lowering != "xla" and candidate not in candidates(conv, written, relaxed=relaxed):
+    takes_any = candidate.lowering == "xla" and len(candidate.dims.lhs.axes) == len(dims.lhs.axes)
+    if not takes_any and candidate not in candidates(conv, written, relaxed=relaxed):
         return f"cannot be computed by {candidate}"
     operands = candidate.dims.lhs.permutation_from(dims.lhs), candidate.dims.rhs.permutation_from(dims.rhs)
     agree = (*mode.operands, *mode.results) == (*operands, candidate.dims.out.permutation_from(dims.out))
