@@ -236,7 +236,7 @@ class _Line:
                 _check_options(outcome.plan, self.option_sets)
             return outcome
         except (ValueError, RecursionError) as error:
-            logger.warning("a stored plan cannot be used and is made anew: %s", error)
+            logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
             return None
 
     @property
