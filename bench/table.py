@@ -251,12 +251,13 @@ def _measured(work: Callable[..., Row], *args: Any) -> Row:
 def markdown(rows: list[Row], records: int) -> str:
     """The table."""
 
+    forms = {"seconds": ".3g", "records_per_s": ",.0f", "median_us": ".0f", "p99_us": ".0f"}
+    forms |= {"file_mib": ".0f", "peak_mib": ".0f"}
+
     def lines() -> Iterator[str]:
         for row in rows:
-            cells = [row.get(key) for key in ("seconds", "records_per_s", "median_us", "p99_us", "file_mib", "peak_mib")]
-            formats = (".3g", ",.0f", ".0f", ".0f", ".0f", ".0f")
-            shown = (" " if value is None else format(value, form) for value, form in zip(cells, formats, strict=True))
-            yield f"| {row['case']} | {' | '.join(shown)} |"
+            cells = (format(row[key], form) if key in row else " " for key, form in forms.items())
+            yield f"| {row['case']} | {' | '.join(cells)} |"
 
     head = (
         "| case | seconds | records a second | median µs | 99% µs | file MiB | peak memory MiB |\n"

@@ -961,7 +961,7 @@ def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
     monkeypatch.setattr(line, "measure", measure)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"xla": lowerings()["xla"]})
     f = auto_layout(two, verdict=False)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="tuning two was interrupted; what was measured is kept"):
         f(X, K)
     assert len(jobs) == 1
     assert table().counts()["plans"] == 0 and table().counts()["measurements"] >= 1

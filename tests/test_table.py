@@ -758,7 +758,7 @@ def test_hostile_records_are_refused_one_by_one(tmp_path):
         (entry("env", "f4", "s", "[1e999]", "{}", table="plans"), "one of sizes is inf"),
         (entry("env", "f5", "s", "[NaN]", "{}", table="plans"), "one of sizes is nan"),
     ]
-    strange = [("{", "not JSON: Expecting"), ("\udcff", "not JSON"), ("[" * 10**5, "recursion"), ("9" * 10**4, "digits")]
+    strange = [("{", "not JSON: Expecting"), ("\udcff", "not JSON"), ("[" * 10**5, "recursion"), ("9" * 10**4, "digit")]
     lines = [json.dumps({"format": "jaxlayout cost table", "schema": sqlite.SCHEMA_VERSION})]
     lines += [json.dumps(one) for one, _ in measurements + plans] + [line for line, _ in strange]
     lines += [json.dumps(one) for one in (good, entry("env", "good", "s", "[1]", "{}", table="plans"))]

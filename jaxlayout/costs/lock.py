@@ -105,7 +105,7 @@ def file_lock(
 
 
 def locks_work(path: str | os.PathLike[str]) -> bool:
-    """Whether the file system of `path`, a file made for this, has the locks that SQLite asks for; True if not known."""
+    """Whether the file system of `path`, a file made for this, has the locks that SQLite wants; True if not known."""
     if (descriptor := _open(path)) is None or fcntl is None:
         return True
     try:

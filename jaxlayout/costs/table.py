@@ -431,8 +431,8 @@ class CostTable:
 
 def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
     """The records of an exported file; `refused` gets a reason for whatever does not look like one."""
-    for number, value in _json_lines(path, refused):
-        if number == 1:
+    for n, value in _json_lines(path, refused):
+        if n == 1:
             if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("schema") != SCHEMA_VERSION:
                 refused.append(f"{path} is not an exported cost table of schema {SCHEMA_VERSION}")
                 return
@@ -440,18 +440,18 @@ def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
         table = value.get("table") if isinstance(value, dict) else None
         columns = COLUMNS.get(table) if isinstance(table, str) else None
         if columns is None or value.keys() != {"table", *columns, "checksum"}:
-            refused.append(f"line {number}: not a record of {' or '.join(COLUMNS)}")
+            refused.append(f"line {n}: not a record of {' or '.join(COLUMNS)}")
         else:
-            yield f"line {number}", table, tuple(value[name] for name in columns), value["checksum"]
+            yield f"line {n}", table, tuple(value[name] for name in columns), value["checksum"]
 
 
 def _json_lines(path: pathlib.Path, refused: list[str]) -> Iterator[tuple[int, Any]]:
     """The values of a file that has one in each line, by number from 1; `refused` gets why others are none."""
     # What is no UTF-8 costs its own record, by the checksum.
     with path.open(encoding="utf-8", errors="replace") as file:
-        for number in itertools.count(1):
+        for n in itertools.count(1):
             line = file.readline(MAX_LINE)
-            if not line and number > 1:
+            if not line and n > 1:
                 break
             whole = line.endswith("\n") or len(line) < MAX_LINE
             while len(line) == MAX_LINE and not line.endswith("\n"):
@@ -459,10 +459,10 @@ def _json_lines(path: pathlib.Path, refused: list[str]) -> Iterator[tuple[int, A
             try:
                 if not whole:
                     raise ValueError(f"longer than {MAX_LINE} characters")
-                yield number, json.loads(line)
+                yield n, json.loads(line)
             except (ValueError, RecursionError) as error:
-                refused.append(f"line {number}: not JSON: {error}")
-                if number == 1:
+                refused.append(f"line {n}: not JSON: {error}")
+                if n == 1:
                     return
 
 
