@@ -61,10 +61,9 @@ class Measurement:
         """The record that `to_json` wrote. Raises ValueError, saying why, for anything else."""
         if not isinstance(value, Mapping):
             raise ValueError(f"a measurement is an object, not {shown(value)}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := names - value.keys() - {"detail"}:
+        if missing := NAMES - value.keys() - {"detail"}:
             raise ValueError(f"missing: {', '.join(sorted(missing))}")
-        if unknown := value.keys() - names:
+        if unknown := value.keys() - NAMES:
             raise ValueError(f"unknown fields: {', '.join(shown(name) for name in list(unknown)[:5])}")
         status: Status = one_of("status", value["status"], get_args(Status))
         median, spread, error, temp = (value[name] for name in ("median_ns", "spread_ns", "error", "temp_bytes"))
@@ -85,3 +84,6 @@ class Measurement:
         if status in ("ok", "slow") and error == "inf":
             raise ValueError(f"status is {status!r} but the error is infinite")
         return measurement
+
+
+NAMES = frozenset(field.name for field in dataclasses.fields(Measurement))

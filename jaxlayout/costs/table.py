@@ -11,6 +11,7 @@ cannot be written is kept for this process, and one `TableWarning` says so.
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -132,7 +133,7 @@ class CostTable:
     def measurements(self, env: str, signature: str) -> dict[str, Measurement]:
         """What is known of a signature's candidates in an environment: candidate id -> Measurement."""
         rows = self._select("measurements", {"env": env, "signature": signature})
-        return {row[2]: Measurement.from_json(json.loads(row[3])) for row in rows}
+        return {row[2]: _measurement(row[3]) for row in rows}
 
     def record(self, env: str, signature: str, candidate: str, measurement: Measurement) -> None:
         """Keeps one measurement, in place of an earlier one."""
@@ -486,11 +487,13 @@ def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
         most = MAX_KEY if name in short else MAX_TEXT
         if not isinstance(value, str) or not 0 < len(value) <= most:
             return f"{name} is not a text of 1 to {most} characters"
+        if name in short and not value.isprintable():  # keys are shown in terminals
+            return f"{name} has characters that cannot be printed"
     texts = cast(Row, row)
     try:
         "".join(texts).encode()  # half a surrogate pair cannot be stored
         if table == "measurements":
-            Measurement.from_json(json.loads(texts[3]))
+            _measurement(texts[3])
         else:
             sizes = json.loads(texts[3])
             if not isinstance(sizes, list):
@@ -502,6 +505,12 @@ def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
     except (ValueError, RecursionError) as error:
         return str(error)
     return ""
+
+
+@functools.lru_cache(1024)
+def _measurement(text: str) -> Measurement:
+    """Of a record's text. It is checked first and made use of right after: the cache saves the second parsing."""
+    return Measurement.from_json(json.loads(text))
 
 
 def _matches(table: str, row: Row, where: Mapping[str, str]) -> bool:
