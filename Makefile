@@ -5,7 +5,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
-BENCHES := networks lowerings training scenarios forms overhead plot
+BENCHES := networks lowerings training scenarios forms overhead noise table remote plot
 
 .PHONY: demo test fuzz lint typecheck bench corpus notebooks clean
 .DELETE_ON_ERROR:

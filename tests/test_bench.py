@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import corpus, forms, gpu, networks, plot, scenarios
+from bench import corpus, forms, gpu, networks, noise, plot, remote, scenarios, table
 from bench.models import video
 from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -204,7 +204,24 @@ def test_gpu_where_there_is_none(capsys):
     assert "no cuda here: JAX sees" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu])
+def test_table(tmp_path):
+    assert table.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = {row["case"]: row for row in written(tmp_path, "table")}
+    assert rows.keys() == table.CASES.keys() and len(columns(tmp_path, "table")) == 1
+    assert rows["build"]["records"] == rows["export"]["records"] == rows["import"]["records"] == 1850
+    assert rows["prune"]["records"] == 925 and rows["merge"]["records"] == 1850
+    assert all(row["peak_mib"] > 0 for row in rows.values())
+
+
+def test_remote(tmp_path):
+    assert remote.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = {row["case"]: row for row in written(tmp_path, "remote")}
+    assert rows.keys() == remote.cases(True).keys() and len(columns(tmp_path, "remote")) == 1
+    assert all(row["jobs_per_s"] > 0 for row in rows.values())
+    assert rows["asleep, pool of 2"]["in_worker_ms"] >= 50
+
+
+@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu, noise])
 def test_a_case_that_is_not_there(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["nonsense"])
@@ -215,5 +232,5 @@ def test_pictures_of_all_results(tmp_path):
     results = sorted(plot.RESULTS.glob("*.json"))
     assert plot.main(["--out", str(tmp_path)]) == 0
     drawn = {file.stem for file in tmp_path.glob("*.png")}
-    assert drawn == {file.stem for file in results}
+    assert drawn == {file.stem for file in results if not file.stem.startswith(("table", "remote"))}  # no ratios
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))
