@@ -27,7 +27,7 @@ test: lint typecheck  ## the whole check
 
 FUZZ ?= 10
 fuzz: $(VENV)/installed-test  ## the drawn programs of the tests, FUZZ times as many as usual and others each time
-	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
+	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,fuzz retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(RUN) ruff check
