@@ -302,7 +302,11 @@ class AutoLayout:
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
         with self._tuning:
-            return apart(work, device_of(args or ()))
+            try:
+                return apart(work, device_of(args or ()))
+            except KeyboardInterrupt:
+                kept = "what was measured is kept, and the next call goes on from there"
+                raise KeyboardInterrupt(f"tuning {self._name} was interrupted; {kept}") from None
 
 
 def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:
