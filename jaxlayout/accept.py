@@ -24,7 +24,7 @@ SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs: that is no noise."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's, and long."""
-LITTLE = 2**27
+LITTLE = 2**28
 """Bytes. A share of what a smaller function needs would be next to nothing: it may need as much more as such a one."""
 TIE_DRAWS = 3
 MAX_TOLERANCE = 0.1

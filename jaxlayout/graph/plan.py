@@ -107,11 +107,12 @@ class Plan:
                 },
                 conversions=tuple(
                     Conversion(
-                        _integers(shape),
-                        text("dtype", dtype, 100),
-                        *_orders([held, wanted]),
-                        _integers(before),
-                        number("times", times),
+                        shape=_integers(shape),
+                        dtype=text("dtype", dtype, 100),
+                        held=_orders([held])[0],
+                        wanted=_orders([wanted])[0],
+                        before=_integers(before),
+                        times=number("times", times),
                     )
                     for shape, dtype, held, wanted, before, times in data["conversions"]
                 ),
