@@ -571,7 +571,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (CANDIDATE, None, "no rule for other orders"),
     (("plan", "choices", 0, 0), [99], "no equation (99,)"),
     (("plan", "choices", 0, 0), [0, 1, 2], "no equation (0, 1, 2)"),
-    (("plan", "choices", 0, 0), [1], "has other operands or results"),
+    (("plan", "choices", 2, 0), [0], "has other operands or results"),
     (("plan", "choices", 0, 0), [1e300], "not an integer"),
     (("plan", "choices", 0, 1), [[0, 1, 2, 3]], "has other operands or results"),
     (("plan", "choices", 0, 2), [[3, 2, 1, 0]], "other orders than its candidate"),
