@@ -65,7 +65,7 @@ WAYS: dict[str, Way] = {
 }
 
 
-@examples(30)
+@examples(20)
 @given(st.sampled_from(sorted(WAYS)), st.integers(0, 1000), st.data())
 def test_any_lowering_anywhere_leaves_the_values(way: str, seed: int, data: Any):
     smooth = "gradient" in way
