@@ -5,7 +5,7 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
-BENCHES := networks lowerings training scenarios forms overhead table remote plot
+BENCHES := networks lowerings training scenarios forms overhead noise table remote plot
 
 .PHONY: demo test fuzz lint typecheck bench corpus notebooks clean
 .DELETE_ON_ERROR:
@@ -27,7 +27,7 @@ test: lint typecheck  ## the whole check
 
 FUZZ ?= 10
 fuzz: $(VENV)/installed-test  ## the drawn programs of the tests, FUZZ times as many as usual and others each time
-	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
+	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,fuzz retrace transformations solve lowerings relaxed_lowerings primitive layout)) $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(RUN) ruff check

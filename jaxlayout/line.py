@@ -210,6 +210,8 @@ class _Line:
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.written, self.folded = (task.jaxpr, False) if task.written is None else (task.written, True)
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
+        self.complete = True
+        """Whether all convolutions have been measured."""
         self.device = default_device()
         self.table = open_table(self.options.table)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen)
@@ -296,7 +298,7 @@ class _Line:
         graph = self.graph(near)
         missing = self.model.missing_convolutions(graph)
         timed = self.measure("convolutions", missing)
-        complete = timed == len(missing)
+        self.complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
         outcome, refused, innocent = untouched("tuning was interrupted"), "", set()
         suspect, least = None, np.inf
@@ -306,7 +308,7 @@ class _Line:
             timed += more
             if self.stop.is_set():
                 return outcome
-            source = "heuristic" if not complete else "nearest" if near else "measured"
+            source = "heuristic" if not self.complete else "nearest" if near else "measured"
             outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
             while outcome.verdict.cause == "memory" and (sizes := self.sealed(plan)):
                 plan = replace(plan, sealed_bytes=max(sizes) // 2)
@@ -465,9 +467,12 @@ class _Line:
         return ""
 
     def untried(self, plan: Plan, why: str) -> Verdict:
-        """The verdict where the function is not run: the model alone decides."""
-        kept = plan.predicted_ns < plan.written_ns or self.folded
-        return Verdict(kept=kept, reason=f"not run on trial: {why}", cause="untried")
+        """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
+        been seen to be right by itself."""
+        seen = self.complete or plan.trivial
+        kept = seen and (plan.predicted_ns < plan.written_ns or self.folded)
+        reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
+        return Verdict(kept=kept, reason=reason, cause="untried")
 
     def replay(self, *flat: Any) -> list[Any]:
         """The original program, every time all of it."""

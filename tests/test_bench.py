@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import corpus, forms, gpu, networks, plot, remote, scenarios, table
+from bench import corpus, forms, gpu, networks, noise, plot, remote, scenarios, table
 from bench.models import video
 from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -221,7 +221,7 @@ def test_remote(tmp_path):
     assert rows["asleep, pool of 2"]["in_worker_ms"] >= 50
 
 
-@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu])
+@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu, noise])
 def test_a_case_that_is_not_there(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["nonsense"])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.costs.table import ENVIRONMENT
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.fit import check_fit
-from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import equations
 
@@ -315,6 +315,145 @@ def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, wor
             assert outcome.verdict.cause == cause and words in outcome.verdict.reason
         assert outcome.source == "stored"
         assert not any(eqn.primitive is tuned_conv_p for eqn in equations(f.trace(X, K).jaxpr))
+
+
+class Spy(Toy):
+    """Says each time that it runs where that is, and multiplies by what it was told for there."""
+
+    name = "spy"
+    where = "call"
+    factors: ClassVar[dict[str, float]] = {}
+    ran: ClassVar[set[str]] = set()
+
+    def apply(self, conv, dims, lhs, prepared):
+        def factor() -> np.ndarray:
+            Spy.ran.add(Spy.where)
+            return np.float32(Spy.factors.get(Spy.where, 1.0))
+
+        return super().apply(conv, dims, lhs, prepared) * jax.pure_callback(factor, jax.ShapeDtypeStruct((), "float32"))
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """A lowering that is faster than all others, and knows when it is measured, judged, or run for the user."""
+    real_measure, real_judge = line.measure, line._Line.judge
+
+    @contextmanager
+    def being(what: str) -> Iterator[None]:
+        before, Spy.where = Spy.where, what
+        try:
+            yield
+        finally:
+            Spy.where = before
+
+    def measure(jobs: Any, **keywords: Any) -> Iterator[Any]:
+        with being("measured"):
+            yield from list(real_measure(jobs, **keywords))
+
+    def judge(self: Any, *args: Any) -> Verdict:
+        with being("judged"):
+            return real_judge(self, *args)
+
+    def race(trials: list[Any]) -> None:
+        for i, trial in enumerate(trials):  # conversions are raced too, one at a time
+            trial.samples = [1e9 if i == 0 and len(trials) > 1 else 1e3] * 9
+
+    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(line._Line, "judge", judge)
+    monkeypatch.setattr("jaxlayout.costs.measure._race", race)
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"spy": Spy()})
+    monkeypatch.setattr(Spy, "factors", {})
+    monkeypatch.setattr(Spy, "ran", set())
+    monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
+    monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1000")
+    with registered(Spy()):
+        yield Spy
+
+
+NOWHERE: dict[str, float] = {}
+ALONE = {"measured": 2.0, "judged": 2.0, "call": 2.0}
+IN_THE_PROGRAM = {"judged": 2.0, "call": 2.0}
+AMONG_OTHERS = {"call": 2.0}
+"""Where a planted lowering is wrong: whenever it runs, where it is not by itself, where it is not in the function as it
+is judged."""
+
+
+def block(x, k):
+    return jnp.tanh(conv(x, k)) + 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ran"),
+    [(NOWHERE, {"measured", "judged", "call"}), (ALONE, {"measured"}), (IN_THE_PROGRAM, {"measured", "judged"})],
+    ids=["right", "wrong alone", "wrong in the program"],
+)
+def test_a_wrong_candidate_never_runs_for_the_user(spy, monkeypatch, wrong, ran):
+    """In calls that are under no transformation. A right one does, so that these tests would see it."""
+    spy.factors.update(wrong)
+
+    def check(f: Any, *args: Any) -> None:
+        np.testing.assert_allclose(f(*args), block(*(args if len(args) > 1 else (*args, K))), rtol=1e-5, atol=1e-5)
+
+    f = auto_layout(block)
+    for x in (X, X + 1, X, X[:1], X[:, :, 1:], 0 * X, 1e3 * X):  # the first call, later ones, other shapes
+        check(f, x, K)
+    f.clear_cache()
+    check(f, X, K)
+    check(auto_layout(block), X, K)
+    check(auto_layout(jax.jit(block)), X, K)
+    monkeypatch.setattr(line, "_tables", {})  # as another process finds the table
+    again = auto_layout(block)
+    check(again, X, K)
+    assert again.outcome(X, K).source == "stored" and again.outcome(X, K).kept is (wrong == NOWHERE)
+    check(again.lower(X, K).compile(), X, K)
+    check(auto_layout(lambda k, x: block(x, k)).freeze(K), X)
+    assert spy.ran == ran
+
+
+@pytest.mark.parametrize(
+    ("wrong", "ran"),
+    [(ALONE, {"measured"}), (IN_THE_PROGRAM, {"measured", "judged"}), (AMONG_OTHERS, {"measured", "judged", "call"})],
+    ids=["wrong alone", "wrong in the program", "wrong among others"],
+)
+def test_what_is_guaranteed_under_a_jit_of_the_users(spy, wrong, ran):
+    """The function is measured and judged by itself, in a branch. What the compiler makes of it and its surroundings
+    is seen by nobody."""
+    spy.factors.update(wrong)
+    f = auto_layout(block)
+    found = jax.jit(lambda x, k: 3 * f(2 * x, k))(X, K)
+    assert spy.ran == ran
+    right = np.allclose(found, 3 * block(2 * X, K), rtol=1e-5, atol=1e-5)
+    assert right is ("call" not in ran)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "may_run"), [(ALONE, False), (IN_THE_PROGRAM, True)], ids=["wrong alone", "wrong in the program"]
+)
+def test_what_is_guaranteed_of_derived_convolutions(spy, wrong, may_run):
+    """They are measured one by one, and not judged."""
+    spy.factors.update(wrong)
+    f = auto_layout(block)
+    found = jax.vmap(f)(X[None], K[None])
+    assert ("call" in spy.ran) is may_run
+    right = np.allclose(found[0], block(X, K), rtol=1e-5, atol=1e-5)
+    assert right is not may_run
+
+
+@pytest.mark.parametrize("wrong", [ALONE, IN_THE_PROGRAM], ids=["wrong alone", "wrong in the program"])
+def test_what_is_guaranteed_where_a_function_must_not_be_run(spy, monkeypatch, wrong):
+    """One with side effects is measured, and not judged; and where it could not be measured either, left alone."""
+    spy.factors.update(wrong)
+    believed = lambda policy, kind, lowering, *_, **__: 1.0 if lowering == "spy" else 1e6  # noqa: E731
+    monkeypatch.setattr(LayoutPolicy, "conv_ns", believed)
+
+    def noisy(x: Any, k: Any) -> Any:
+        jax.debug.callback(lambda: None)
+        return block(x, k)
+
+    untimed = auto_layout(noisy, on_miss="heuristic").outcome(X, K)
+    assert not untimed.kept and "not all of it has been measured" in untimed.verdict.reason
+    auto_layout(noisy)(X, K)
+    assert spy.ran == ({"measured"} if wrong == ALONE else {"measured", "call"})
 
 
 def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch):

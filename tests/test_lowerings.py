@@ -168,6 +168,7 @@ WINDOW = {"padding": ((1, 1), (1, 1))}
 @example(conv((2, 5, 5, 6), (1, 1, 6, 4), lhs_dilation=(2, 2)))  # phases that no tap reaches
 @example(conv((4, 8, 8, 3), (15, 15, 3, 6), lhs_dilation=(2, 2), padding=((1, 1), (1, 1))))
 @example(conv((1, 5, 6, 7, 4), (2, 3, 3, 4, 5), padding=((1, 1),) * 3, strides=(2, 1, 1), rhs_dilation=(2, 1, 1)))
+@example(conv((4, 3, 4, 5, 2), (2, 2, 3, 2, 6), batch_groups=2, padding=((1, 0),) * 3, strides=(2, 1, 1)))
 @example(conv((3, 5, 6, 7, 4), (5, 6, 7, 4, 5), padding=((1, 1),) * 3))
 @example(conv((3, 5, 6, 7, 4), (5, 6, 7, 4, 5), padding=((1, 1),) * 3, dtype="bfloat16"))
 @example(conv((24, 8, 8, 3), (8, 8, 3, 12), batch_groups=6, **WINDOW))  # a gradient to the kernel of groups
@@ -341,6 +342,7 @@ DENSE, DEPTHWISE = ((2, 8, 8, 6), (3, 3, 6, 4)), ((2, 8, 8, 6), (3, 3, 1, 6))
         (conv((3, 5, 6, 7, 4), (3, 3, 3, 4, 5), lhs_dilation=(2, 1, 1)), "phases"),
         (conv((3, 5, 6, 7, 4), (3, 3, 3, 4, 5), lhs_dilation=(1, 2, 1)), "phases planes wide_planes"),
         (conv((3, 25, 6, 7, 4), (9, 3, 3, 4, 5)), "im2col"),
+        (conv((4, 3, 4, 5, 2), (2, 2, 3, 2, 6), batch_groups=2), "groups"),
         (conv((3, 9, 9, 2), (8, 8, 2, 4)), "im2col tap_dots"),
         (conv((6, 9, 9, 2), (8, 8, 2, 6), batch_groups=6), "rows"),
         (conv((6, 9, 9, 2), (8, 8, 2, 6), batch_groups=6, lhs_dilation=(2, 2)), "phases"),

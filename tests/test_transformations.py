@@ -28,8 +28,12 @@ def _ones(avals: Any) -> Any:
     return jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), avals)
 
 
+def _negated(x: Any) -> Any:
+    return ~x if x.dtype == bool else -x
+
+
 def _twice(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(jnp.stack([x, -x]) for x in args)
+    return tuple(jnp.stack([x, _negated(x)]) for x in args)
 
 
 def by_grad(f: Function) -> Function:
@@ -53,7 +57,7 @@ def by_scan(f: Function) -> Function:
 
 
 def by_cond(f: Function) -> Function:
-    return lambda *args: lax.cond(jnp.abs(args[0]).sum() > 1, f, lambda *args: f(*(-x for x in args)), *args)
+    return lambda *args: lax.cond(jnp.abs(args[0]).sum() > 1, f, lambda *args: f(*map(_negated, args)), *args)
 
 
 TRANSFORMATIONS: dict[str, Callable[[Function], Function]] = {

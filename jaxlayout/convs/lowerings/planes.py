@@ -22,10 +22,11 @@ class Planes(Composite):
     round: each position of out is one convolution of planes, the depth merged into the features that are summed over.
 
     Applies to three spatial axes, the depth undilated in lhs, at most `MAX_PLANES` taps or positions; any stride,
-    kernel dilation and padding; the second way needs one feature group. Native where that merge is a reshape: channels
-    last, and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where strided); the
-    second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial sums in
-    float32 for half precision.
+    kernel dilation and padding; the first way needs one batch group (groups of several images, which merging makes, XLA
+    computes by masks, and those spread a NaN), the second one feature group. Native where that merge is a reshape:
+    channels last, and the order that autodiff writes a kernel gradient in. Memory: out once more (and lhs, where
+    strided); the second way, the planes of both operands that meet. Accuracy: that of the convolutions inside; partial
+    sums in float32 for half precision.
     """
 
     name = "planes"
@@ -34,7 +35,8 @@ class Planes(Composite):
         if conv.rank != 3 or conv.lhs_dilation[0] != 1 or min(conv.kernel[0], conv.out_spatial[0]) > MAX_PLANES:
             return
         if not _few_positions(conv):
-            yield ConvDimensionNumbers.channels_last(3)
+            if conv.batch_groups == 1:
+                yield ConvDimensionNumbers.channels_last(3)
         elif conv.feature_groups == 1:
             yield ConvDimensionNumbers.kernel_gradient(3)
 
@@ -57,7 +59,7 @@ def flattened(conv: ConvSignature) -> ConvSignature:
 def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: Any, convolve: Any) -> jax.Array:
     """Position o reads plane o * stride + t * step - low at tap t."""
     size, positions, stride = conv.spatial[0], conv.out_spatial[0], conv.strides[0]
-    shape = (conv.batch, positions, *conv.out_shape(dims.out)[2:])
+    shape = conv.out_shape(dims.out)
     out = lax.full(shape, 0, conv.accumulator)
     for tap in range(conv.kernel[0]):
         shift = conv.padding[0][0] - tap * conv.rhs_dilation[0]
@@ -72,7 +74,7 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
         part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=conv.partial_type)
         kernel = lax.index_in_dim(rhs, tap, dims.rhs.axes.index("D"), keepdims=False)
         summand = convolve(part, merged(planes, 1), kernel)
-        summand = lax.reshape(summand, (*planes.shape[:2], *shape[2:]))
+        summand = lax.reshape(summand, (shape[0], planes.shape[1], *shape[2:]))
         edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
         # A barrier, or all summands are kept until the last is there.
         out = lax.optimization_barrier(out + lax.pad(summand, lax.full((), 0, summand.dtype), edges))
