@@ -439,11 +439,11 @@ def test_export_import_and_merge(two, capsys, tmp_path):
     assert seen == {"accepted": 5, "refused": []}  # the description is one
     for path in (third, fourth):
         assert look(path)[0]["measurements"] == look(two)[0]["measurements"]
-    value = json.loads(Path(file).read_text())
-    value["measurements"][0]["signature"] = "forged"
-    Path(file).write_text(json.dumps(value))
+    lines = Path(file).read_text().splitlines()
+    lines[1] = json.dumps(json.loads(lines[1]) | {"signature": "forged"})
+    Path(file).write_text("\n".join(lines))
     text = printed(capsys, "table", "import", file, "--table", str(tmp_path / "fifth.sqlite"), code=1)
-    assert "4 records taken" in text and "refused measurements[0]: its checksum does not match" in text
+    assert "4 records taken" in text and "refused line 2: its checksum does not match" in text
     assert "no file" in refusal(capsys, "table", "merge", str(tmp_path / "absent.sqlite"))
 
 

@@ -435,7 +435,7 @@ def test_whichever_byte_is_flipped_the_call_is_right(costs, monkeypatch):
     for table in line._tables.values():
         table.close()
     data = table_path().read_bytes()
-    for trial in range(15):
+    for trial in range(10):
         path = table_path().with_name(f"{trial}.sqlite")
         broken = bytearray(data)
         broken[draw.randrange(draw.choice([110, 4096, len(data)]))] ^= 1 << draw.randrange(8)
@@ -571,7 +571,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (CANDIDATE, None, "no rule for other orders"),
     (("plan", "choices", 0, 0), [99], "no equation (99,)"),
     (("plan", "choices", 0, 0), [0, 1, 2], "no equation (0, 1, 2)"),
-    (("plan", "choices", 0, 0), [1], "has other operands or results"),
+    (("plan", "choices", 2, 0), [0], "has other operands or results"),
     (("plan", "choices", 0, 0), [1e300], "not an integer"),
     (("plan", "choices", 0, 1), [[0, 1, 2, 3]], "has other operands or results"),
     (("plan", "choices", 0, 2), [[3, 2, 1, 0]], "other orders than its candidate"),
@@ -654,7 +654,7 @@ def test_hostile_plans_at_random_are_refused_or_harmless(costs):
 
     everywhere = list(places(payload))
     believed = 0
-    for _ in range(30):
+    for _ in range(20):
         lie = payload
         for place in draw.sample(everywhere, 1):
             lie = changed(lie, place, draw.choice(nothing))
@@ -665,7 +665,7 @@ def test_hostile_plans_at_random_are_refused_or_harmless(costs):
         believed += outcome.to_json() | {"source": ""} == lie | {"source": ""} if isinstance(lie, dict) else 0
         explanation = tuned.explain(X, K)
         assert str(explanation) and json.dumps(explanation.to_json()) and explanation._repr_html_()
-    assert 0 < believed < 30
+    assert 0 < believed < 20
 
 
 def test_a_table_whose_sizes_are_a_lie(costs):

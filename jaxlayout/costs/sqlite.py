@@ -53,7 +53,7 @@ NETWORK = {
 }
 """File systems that several machines may mount: SQLite's shared memory seems to work there, and does not."""
 
-BATCH = 10_000
+BATCH = 1000
 """Records read, checked or written at a time: what bounds the memory that a large table takes."""
 MAX_ROWID = 2**63 - 1
 

@@ -440,10 +440,10 @@ def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
             continue
         table = value.get("table") if isinstance(value, dict) else None
         columns = COLUMNS.get(table, ()) if isinstance(table, str) else ()
-        if not isinstance(table, str) or not columns or value.keys() != {"table", *columns, "checksum"}:
-            refused.append(f"line {n}: not a record of {' or '.join(COLUMNS)}")
-        else:
+        if isinstance(table, str) and columns and value.keys() == {"table", *columns, "checksum"}:
             yield f"line {n}", table, tuple(value[name] for name in columns), value["checksum"]
+        else:
+            refused.append(f"line {n}: not a record of {' or '.join(COLUMNS)}")
 
 
 def _json_lines(path: pathlib.Path, refused: list[str]) -> Iterator[tuple[int, Any]]:

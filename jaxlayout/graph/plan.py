@@ -107,15 +107,14 @@ class Plan:
                 },
                 conversions=tuple(
                     Conversion(
-                        _integers(shape),
-                        text("dtype", dtype, 100),
-                        orders[0],
-                        orders[1],
-                        _integers(before),
-                        number("times", times),
+                        shape=_integers(shape),
+                        dtype=text("dtype", dtype, 100),
+                        held=_orders([held])[0],
+                        wanted=_orders([wanted])[0],
+                        before=_integers(before),
+                        times=number("times", times),
                     )
-                    for shape, dtype, *moved, before, times in data["conversions"]
-                    for orders in (_orders(moved),)
+                    for shape, dtype, held, wanted, before, times in data["conversions"]
                 ),
                 **{name: number(name, data[name]) for name in ("predicted_ns", "written_ns", "bound_ns")},
                 exact=flag("exact", data["exact"]),
