@@ -227,7 +227,8 @@ def _apart(x: np.ndarray, y: np.ndarray) -> float:
     if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
         return math.inf
     x, y = x[finite], y[finite]
-    rms = float(np.sqrt(np.mean(np.abs(x) ** 2))) if x.size else 0.0
+    largest = float(np.max(np.abs(x), initial=0.0)) or 1.0
+    rms = largest * float(np.sqrt(np.mean(np.abs(x / largest) ** 2))) if x.size else 0.0  # whose squares may overflow
     return float(np.max(np.abs(x - y), initial=0.0)) / (rms or 1.0)
 
 

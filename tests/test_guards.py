@@ -610,6 +610,13 @@ def test_when_outputs_agree(expected, found, agrees):
     assert difference >= 0
 
 
+@pytest.mark.parametrize("size", [1e-320, 1e-200, 1e200, 1e300])
+def test_numbers_whose_squares_are_out_of_range_are_compared(size):
+    expected = np.array([1.0, -2.0, 0.0]) * size
+    assert compare(lambda: [expected], (), [expected], [expected], 1e-5) == (0.0, "")
+    assert "differs" in compare(lambda: [expected], (), [expected], [expected * 1.5], 1e-5)[1]
+
+
 def test_keys_agree_when_equal():
     a, b = jax.random.key(1), jax.random.key(2)
     assert compare(lambda: [a], [], [a], [a], 0.0)[1] == ""

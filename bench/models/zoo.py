@@ -94,9 +94,8 @@ class Step(nn.Module):
         y = nn.relu(nn.Conv(self.width, (3, 3))(first))
         y = nn.relu(nn.Conv(self.width, (1, 1))(y))
         shift, factor = jnp.split(nn.Conv(features, (3, 3))(y), 2, axis=-1)
-        factor = nn.sigmoid(factor + 2.0)
-        determinant = positions * jnp.log(jnp.abs(scale)).sum() + jnp.log(factor).sum((1, 2, 3))
-        return jnp.concatenate((first, (second + shift) * factor), -1), determinant
+        determinant = positions * jnp.log(jnp.abs(scale)).sum() + nn.log_sigmoid(factor + 2.0).sum((1, 2, 3))
+        return jnp.concatenate((first, (second + shift) * nn.sigmoid(factor + 2.0)), -1), determinant
 
 
 class SqueezeNet(nn.Module):
