@@ -5,9 +5,9 @@ PYTHON ?= python3
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)
 RUN := $(VENV)/bin/python -m
-BENCHES := networks lowerings training scenarios forms overhead plot
+BENCHES := networks lowerings training scenarios forms overhead noise table remote plot
 
-.PHONY: demo test fuzz lint typecheck bench notebooks clean
+.PHONY: demo test fuzz lint typecheck bench corpus notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -15,6 +15,9 @@ demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
 
 bench: $(VENV)/installed-bench  ## every figure of the README but PyTorch's, and a picture of each table: hours
 	for name in $(BENCHES); do $(RUN) bench.$$name || exit; done
+
+corpus: $(VENV)/installed-corpus  ## many functions, of other packages too: ratio, error, memory and compile time of each
+	$(RUN) bench.corpus $(ARGS)
 
 notebooks: $(VENV)/installed-notebooks  ## execute the notebooks, and store what they print and draw
 	$(RUN) notebooks.run $(ARGS)

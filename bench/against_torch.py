@@ -1,13 +1,14 @@
 """Whole networks against PyTorch on the same cores, in turn in one process: inference, float32, the same weights.
 
     pip install 'jaxlayout[torch]'
-    python -m bench.against_torch [model ...] [--rounds 11] [--table FILE] [--small] [--out bench/results]
+    python -m bench.against_torch [model ...] [--rounds 11] [--table FILE] [--small] [--budget S] [--out bench/results]
 
-Writes torch-jax<version>.json and .md into --out. Contenders: `jax.jit`; `auto_layout`, frozen where it can be; eager
-PyTorch, channels last; `torch.compile`, channels last and with the weights frozen, or the reason why it did not run. On
-each run parameters and multiply-adds must be equal, and so must the results. Columns: medians in ms and half their
-interquartile range; the faster PyTorch's time over auto_layout's, above 1: auto_layout is faster, as the median over
-rounds; how much of the machine's peak both reach, which is the best time of a large matrix product in the same rounds.
+Writes torch-jax<version>.json and .md into --out; where models are named, the others' rows stay. Contenders: `jax.jit`;
+`auto_layout`, frozen where it can be; eager PyTorch, channels last; `torch.compile`, channels last and with the weights
+frozen, or the reason why it did not run. On each run parameters and multiply-adds must be equal, and so must the
+results. Columns: medians in ms and half their interquartile range; the faster PyTorch's time over auto_layout's, above
+1: auto_layout is faster, as the median over rounds; how much of the machine's peak both reach, which is the best time
+of a large matrix product in the same rounds.
 
 The machine should be idle: PyTorch's threads spin while they wait for each other, and where other programs run, that
 makes it many times slower. OMP_WAIT_POLICY=passive makes it robust (and a little slower where it is idle); the table
@@ -17,14 +18,12 @@ MALLOC_ARENA_MAX=1 makes it keep the pages of large arrays instead of handing th
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
 import os
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import jax
@@ -34,12 +33,14 @@ import torch
 import torch._inductor.config
 
 from bench.models import ALL_MODELS
+from bench.rows import Row, arguments, parsed, write_rows
 from bench.timing import Contender, in_turn, middle
 from bench.torch_models import TORCH_MODELS, channels_first, check, load
 from jaxlayout import auto_layout
 
 OURS, THEIRS = ("jit", "auto_layout"), ("eager", "compile")
 PEAK_SIDE = 3072
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 #: what the table says where it is set
 TOLD = ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 #: sides for --small, where it is not 64
@@ -57,10 +58,12 @@ def peak() -> Contender:
     return lambda: jax.block_until_ready(product(x, x))
 
 
-def contenders_of(name: str, batch: int, size: int, table: str | None) -> tuple[dict[str, Contender], dict[str, Any]]:
+def contenders_of(
+    name: str, batch: int, size: int, table: str | None, budget: float
+) -> tuple[dict[str, Contender], dict[str, Any]]:
     """What is to be timed, and facts about it."""
     apply, params, images = ALL_MODELS[name].build(batch, size, jax.random.key(0))
-    plain, tuned = jax.jit(apply), auto_layout(apply, table=table)
+    plain, tuned = jax.jit(apply), auto_layout(apply, table=table, time_budget=budget)
     freeze = getattr(tuned, "freeze", None)
     frozen = freeze(params) if freeze is not None else None
     module, pixels = load(name, params), channels_first(images)
@@ -87,12 +90,12 @@ def apart(found: Any, expected: np.ndarray) -> float:
     return float(np.max(np.abs(np.asarray(found) - expected)) / np.sqrt(np.mean(expected**2)))
 
 
-def run(name: str, table: str | None, rounds: int, small: bool) -> dict[str, Any]:
+def run(name: str, table: str | None, rounds: int, small: bool, budget: float) -> Row:
     """One row."""
     model = ALL_MODELS[name]
     batch, size = (1, SMALL.get(name, 64)) if small else (model.batch, model.size)
     parameters, macs = check(model, batch, size)
-    calls, facts = contenders_of(name, batch, size, table)
+    calls, facts = contenders_of(name, batch, size, table, budget)
     expected = np.asarray(calls["jit"]())
     errors = {key: apart(call(), expected) for key, call in calls.items()}
     if not max(errors.values()) < SAME:
@@ -119,7 +122,7 @@ def run(name: str, table: str | None, rounds: int, small: bool) -> dict[str, Any
     }
 
 
-def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
+def markdown(rows: list[Row], command: str) -> str:
     """The table, and in words who is faster."""
 
     def ms(row: dict[str, Any], key: str) -> str:
@@ -147,38 +150,29 @@ def markdown(rows: list[dict[str, Any]], command: str, cores: int) -> str:
     )
     frozen = "frozen" if all(r["frozen"] for r in rows) else "weights as arguments"
     told = "".join(f"{name}={value} " for name in TOLD if (value := os.environ.get(name)))
-    versions = f"jax {jax.__version__}, torch {torch.__version__}, {cores} cores"
+    versions = f"jax {jax.__version__}, torch {torch.__version__}, {CORES} cores"
     where = f"{versions}, auto_layout: {frozen}, `{''.join(told)}{command}`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the models and write the tables, after each model anew."""
-    parser = argparse.ArgumentParser(prog="python -m bench.against_torch", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("models", nargs="*", help=f"default: all of {', '.join(TORCH_MODELS)}")
+    parser = arguments("against_torch", __doc__, TORCH_MODELS)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--table", default=None, help="cost table, default: the user's")
-    parser.add_argument("--small", action="store_true", help="one small image each: to see that it works")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    given = parser.parse_args(argv)
-    if unknown := set(given.models) - set(TORCH_MODELS):
-        parser.error(f"no such model: {', '.join(sorted(unknown))}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(cores)
+    given = parsed(parser, TORCH_MODELS, argv)
+    torch.set_num_threads(CORES)
     torch._inductor.config.freezing = True
-    command = "python -m bench.against_torch" + " --small" * given.small
-    stem = f"torch-jax{jax.__version__}" + "-small" * given.small
-    given.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for name in given.models or TORCH_MODELS:
+
+    def row(name: str) -> Row:
         with torch.no_grad():
-            rows.append(run(name, given.table, given.rounds, given.small))
+            found = run(name, given.table, given.rounds, given.small, given.budget)
         jax.clear_caches()
         gc.collect()
-        (given.out / f"{stem}.json").write_text(json.dumps(rows, indent=1) + "\n")
-        text = markdown(rows, command, cores)
-        (given.out / f"{stem}.md").write_text(text)
-        print(next(line for line in text.splitlines() if line.startswith(f"| {name} ")), flush=True)
+        return found
+
+    stem = given.out / f"torch-jax{jax.__version__}{'-small' * given.small}"
+    command = "python -m bench.against_torch" + " --small" * given.small
+    write_rows(stem, given.cases, TORCH_MODELS, row, partial(markdown, command=command))
     return 0
 
 

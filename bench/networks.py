@@ -118,21 +118,30 @@ def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Ca
 
 def errors(f: Callable[..., Any], args: tuple[Any, ...], *outs: Any) -> list[float]:
     """The largest errors of outputs against a float64 run, each array's relative to its rms."""
+    return errors_from(in_float64(f, args), *outs)
+
+
+def in_float64(f: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """What a function gives in float64, as NumPy arrays."""
 
     def wide(x: Any) -> Any:
         return x.astype(np.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
     with jax.enable_x64(True):
-        exact = jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
-    return errors_from(exact, *outs)
+        return jax.tree.map(np.asarray, jax.jit(f)(*jax.tree.map(lambda x: jnp.asarray(wide(np.asarray(x))), args)))
 
 
-def errors_from(exact: Any, *outs: Any) -> list[float]:
-    """The largest errors of outputs, each array's relative to the rms of the exact one."""
+def errors_from(exact: Any, *outs: Any, floor: float = 0.0) -> list[float]:
+    """The largest errors of outputs, each array's relative to the rms of the exact one, or to this share of the largest
+    rms of all arrays where that is more: a gradient may be nothing but rounding."""
+
+    def rms(exact: np.ndarray) -> float:
+        return float(np.sqrt(np.mean(np.square(exact, dtype=np.float64))))
+
+    least = floor * max(map(rms, jax.tree.leaves(exact)))
 
     def one(exact: np.ndarray, out: Any) -> float:
-        rms = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64))))
-        return float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / (rms or 1.0)
+        return float(np.max(np.abs(np.asarray(out, np.float64) - exact))) / (max(least, rms(exact)) or 1.0)
 
     return [max(jax.tree.leaves(jax.tree.map(one, exact, out))) for out in outs]
 

@@ -6,10 +6,11 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench.timing import Paired
-from jaxlayout import Outcome
+if TYPE_CHECKING:  # a bench of the table does without JAX
+    from bench.timing import Paired
+    from jaxlayout import Outcome
 
 Row = dict[str, Any]
 

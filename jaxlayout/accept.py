@@ -8,13 +8,14 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlayout.checked import flag, integer, number, one_of, shown, text
 from jaxlayout.costs.measure import TOLERANCE, WARM_NS, Compiled
 
 MIN_PAIRS, MAX_PAIRS = 7, 25
@@ -24,12 +25,15 @@ SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs: that is no noise."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's, and long."""
-LITTLE = 2**27
+LITTLE = 2**28
 """Bytes. A share of what a smaller function needs would be next to nothing: it may need as much more as such a one."""
 TIE_DRAWS = 3
 MAX_TOLERANCE = 0.1
 """Where c*eps*sqrt(K) of a whole half-precision network exceeds this share of the rms, it would allow anything: what
 the original itself moves by decides then."""
+CAUSES = ("time", "numbers", "memory", "collectives", "failure", "untried")
+MAX_REASON = 4000
+"""Longest reason kept, in characters: compiler errors can run to megabytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +44,7 @@ class Verdict:
     """Whether the rewritten function runs."""
     reason: str
     cause: str = "time"
-    """What decided: time, numbers, memory, collectives, failure, or untried."""
+    """What decided, one of CAUSES."""
     original_ns: float | None = None
     tuned_ns: float | None = None
     ratio: float | None = None
@@ -53,17 +57,32 @@ class Verdict:
     original_temp: int | None = None
     tuned_temp: int | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.reason) > MAX_REASON:
+            object.__setattr__(self, "reason", self.reason[: MAX_REASON - 4] + " ...")
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Any) -> Verdict:
-        """The inverse of `to_json`; ValueError for anything else."""
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise ValueError(f"not a verdict: {error}") from error
+        """The inverse of `to_json`; ValueError, saying why, for anything else."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(data, dict) or data.keys() != names:
+            raise ValueError(f"not a verdict: {shown(data)}")
+        times = {name: data[name] for name in ("original_ns", "tuned_ns", "ratio", "spread")}
+        temps = {name: data[name] for name in ("original_temp", "tuned_temp")}
+        difference = data["difference"]
+        return cls(
+            kept=flag("kept", data["kept"]),
+            reason=text("reason", data["reason"], MAX_REASON),
+            cause=one_of("cause", data["cause"], CAUSES),
+            pairs=integer("pairs", data["pairs"], 10**9),
+            difference=difference if difference in (None, math.inf) else number("difference", difference),
+            **{name: None if value is None else number(name, value) for name, value in times.items()},
+            **{name: None if value is None else integer(name, value, 2**60) for name, value in temps.items()},
+        )
 
 
 def accept(

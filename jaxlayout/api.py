@@ -317,18 +317,18 @@ class AutoLayout:
         `shardings`: of the arguments; None where these are traced."""
         executor = getattr(self._call, "executor", None)
         decided_alike = self.options.policy != "auto" or self.pinned is not None
-        together = not decided_alike and shardings is not None and spans_processes(shardings)
+        spans = shardings is not None and spans_processes(shardings)
         if jax.process_count() > 1 and not decided_alike:
             if shardings is None:
                 return untouched("it is traced where the other processes may not be: decorate the outermost function")
-            if together and not all_take_part(shardings):
+            if spans and not all_take_part(shardings):
                 return untouched("it spans some of the processes, not all")
 
         def decided(stop: threading.Event) -> Outcome:
             with progress_bar(self._name) as progress:
                 return decide(
                     jaxpr,
-                    None if args is None or together else _arrays(jaxpr, args, shardings),
+                    None if args is None or spans else _arrays(jaxpr, args, shardings),
                     self.options,
                     context=context,
                     compiler_options=self._told.get("compiler_options") if context == "entry" else None,
@@ -345,8 +345,12 @@ class AutoLayout:
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
         with self._tuning:
-            work = (lambda stop: agreed(partial(decided, stop), stop)) if together else decided
-            return apart(work, device_of(args or ()))
+            work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
+            try:
+                return apart(work, device_of(args or ()))
+            except KeyboardInterrupt:
+                kept = "what was measured is kept, and the next call goes on from there"
+                raise KeyboardInterrupt(f"tuning {self._name} was interrupted; {kept}") from None
 
 
 def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:

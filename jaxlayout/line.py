@@ -8,7 +8,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,6 +133,7 @@ def decide(
         return untouched("its shapes are symbolic")
     if pinned is not None:
         check_fit(jaxpr, pinned)
+        _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
         return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=written is not None)
     if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
@@ -148,7 +149,7 @@ def decide(
         if (stored := line.stored()) is not None:
             return stored
         outcome = line.run()
-        for extra in OPTION_SETS.get(line.device.platform, ()) if line.may_choose(outcome) else ():
+        for extra in line.option_sets if line.may_choose(outcome) else ():
             outcome = line.under(extra, outcome)
         outcome = replace(outcome, seconds=time.monotonic() - start, folded=written is not None)
         if not stop.is_set():
@@ -232,15 +233,25 @@ class _Line:
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
         text = self.table.load_plan(self.plans, self.key.function)
-        found = None if text is None else self.parsed(text)
-        return _provisional.get(self.place) if found is None else replace(found, source="stored")
+        found = None if text is None else self.parsed(text, fit=True)
+        return _provisional.get(self.place) if found is None else replace(found, source="stored", folded=self.folded)
 
-    def parsed(self, text: str) -> Outcome | None:
+    def parsed(self, text: str, *, fit: bool = False) -> Outcome | None:
+        """What a stored text says, if it makes sense. `fit`: for this very program."""
         try:
-            return Outcome.from_json(json.loads(text))
-        except ValueError as error:
-            logger.warning("a stored plan cannot be read and is made anew: %s", error)
+            outcome = Outcome.from_json(json.loads(text))
+            if fit:
+                check_fit(self.jaxpr, outcome.plan, relaxed=self.options.numerics == "relaxed")
+                _check_options(outcome.plan, self.option_sets)
+            return outcome
+        except (ValueError, RecursionError) as error:
+            logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
             return None
+
+    @property
+    def option_sets(self) -> Sequence[Mapping[str, str]]:
+        """The compiler options that a plan may ask for here."""
+        return OPTION_SETS.get(self.device.platform, ()) if self.task.choose_options else ()
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -262,7 +273,8 @@ class _Line:
 
         found = [
             (distance(json.loads(sizes)), outcome)
-            for _, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            for function, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            if function != self.key.function  # else it has been refused: no hint either
             if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self.parsed(payload)) is not None
         ]
         if not found:
@@ -331,7 +343,7 @@ class _Line:
         """Whether compiler options are worth a try: only where whole functions may be timed."""
         timed = self.options.verdict and self.options.on_miss == "measure" and not self.not_to_be_run
         sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
-        return self.task.choose_options and timed and sound and not self.out_of_time()
+        return timed and sound and not self.out_of_time()
 
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
         """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
@@ -518,6 +530,12 @@ class _Line:
             losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
         hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
         return max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3), default=None)
+
+
+def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
+    """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""
+    if plan.compiler_options not in ({}, *known):
+        raise ValueError(f"the plan asks for compiler options that are not among ours: {dict(plan.compiler_options)}")
 
 
 def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:

@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlayout.accept import Verdict
+from jaxlayout.checked import flag, integer, number, one_of, shown
 from jaxlayout.graph.plan import Plan
+
+SOURCES = ("measured", "stored", "pinned", "nearest", "heuristic", "forced", "none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,12 +45,18 @@ class Outcome:
 
     @classmethod
     def from_json(cls, data: Any) -> Outcome:
-        """The inverse of `to_json`; ValueError for anything else."""
-        try:
-            plan, verdict = Plan.from_json(data["plan"]), Verdict.from_json(data["verdict"])
-            return cls(**(data | {"plan": plan, "verdict": verdict}))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an outcome: {error!r}") from error
+        """The inverse of `to_json`; ValueError, saying why, for anything else."""
+        names = {"plan", "verdict", "source", "seconds", "measured", "folded"}
+        if not isinstance(data, dict) or data.keys() != names:
+            raise ValueError(f"not an outcome: {shown(data)}")
+        return cls(
+            plan=Plan.from_json(data["plan"]),
+            verdict=Verdict.from_json(data["verdict"]),
+            source=one_of("source", data["source"], SOURCES),
+            seconds=number("seconds", data["seconds"], 1e9),
+            measured=integer("measured", data["measured"], 10**9),
+            folded=flag("folded", data["folded"]),
+        )
 
 
 def untouched(reason: str, cause: str = "untried") -> Outcome:

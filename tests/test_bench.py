@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import forms, gpu, networks, plot, scenarios
+from bench import corpus, forms, gpu, networks, noise, plot, remote, scenarios, table
 from bench.models import video
 from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -141,6 +141,52 @@ def test_forms(tmp_path, costs, monkeypatch):
     assert all(seen["ratio"] > 0 for seen in row["forms"].values()) and row["apart"] < 1e-4
 
 
+def test_corpus(tmp_path, monkeypatch, capsys):
+    """Of a case that cannot be built, or whose package is not there, there is a row too."""
+    absent = corpus.Case(group="other", build=corpus.lstm, needs="no_such_package")
+    wrong = corpus.Case(group="user", build=lambda small: (jnp.sin, ("no array",)), what="gradient")
+    monkeypatch.setitem(corpus.CASES, "absent", absent)
+    monkeypatch.setitem(corpus.CASES, "wrong", wrong)
+    names = ["nchw_autoencoder", "lstm", "absent", "wrong"]
+    assert corpus.main([*names, "--small", *told(tmp_path)]) == 1
+    rows = written(tmp_path, "corpus")
+    assert [row["case"] for row in rows] == names
+    assert len(columns(tmp_path, "corpus")) == 1
+    autoencoder, lstm, absent, wrong = rows
+    assert autoencoder["kept"] and autoencoder["heavy"] and autoencoder["what"] == "gradient"
+    assert 0 < autoencoder["error"] < 1e-4 and autoencoder["apart"] < 1e-4
+    assert not lstm["kept"] and not lstm["heavy"] and lstm["error"] is None and lstm["apart"] == 0
+    assert "no_such_package" in absent["missing"] and "TypeError" in wrong["failed"]
+    assert "TypeError" in capsys.readouterr().err
+    (table,) = tmp_path.glob("corpus*-small.md")
+    said = table.read_text()
+    assert "4 cases: 1 rewritten, 1 kept, 1 not installed (absent), 1 failed (wrong)" in said
+    assert "of 1 conv-heavy ones 1 rewritten" in said
+
+
+def test_the_work_of_a_program():
+    """What a scan does counts as often as it runs; a dot is none of a convolution's work."""
+
+    def run(w: jax.Array, head: jax.Array, images: jax.Array) -> Any:
+        def step(carry: Any, x: jax.Array) -> Any:
+            return carry, jnp.tanh(scenarios.conv(x, w, "NHWC"))
+
+        return jax.lax.scan(step, None, images)[1] @ head
+
+    shapes = (1, 1, 4, 8), (8, 2), (3, 2, 5, 5, 4)
+    jaxpr = jax.make_jaxpr(run)(*map(jnp.zeros, shapes))
+    assert corpus.work(jaxpr) == (3 * 2 * 25 * 4 * 8, 3 * 2 * 25 * 8 * 2, 3 * 2 * 25 * 8)
+    assert corpus.is_heavy(90, 10, 89) and not corpus.is_heavy(89, 11, 0) and not corpus.is_heavy(90, 0, 90)
+
+
+def test_errors_of_gradients_that_are_rounding_alone():
+    """Are relative to the other gradients, and not to the loss."""
+    exact, out = (np.ones(3), np.full(3, 1e-12)), (np.ones(3), np.zeros(3))
+    loss = np.float64(1e6)
+    assert corpus.apart((loss, exact), (loss, out), False) == 1.0
+    assert corpus.apart((loss, exact), (loss, out), True) == pytest.approx(1e-9)
+
+
 def test_gpu_on_a_cpu(tmp_path):
     names = ["dense3x3", "nchw_scan"]
     assert gpu.main([*names, "--platform", "cpu", "--small", *told(tmp_path)]) == 0
@@ -158,7 +204,24 @@ def test_gpu_where_there_is_none(capsys):
     assert "no cuda here: JAX sees" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("bench", [scenarios, forms, gpu])
+def test_table(tmp_path):
+    assert table.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = {row["case"]: row for row in written(tmp_path, "table")}
+    assert rows.keys() == table.CASES.keys() and len(columns(tmp_path, "table")) == 1
+    assert rows["build"]["records"] == rows["export"]["records"] == rows["import"]["records"] == 1850
+    assert rows["prune"]["records"] == 925 and rows["merge"]["records"] == 1850
+    assert all(row["peak_mib"] > 0 for row in rows.values())
+
+
+def test_remote(tmp_path):
+    assert remote.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = {row["case"]: row for row in written(tmp_path, "remote")}
+    assert rows.keys() == remote.cases(True).keys() and len(columns(tmp_path, "remote")) == 1
+    assert all(row["jobs_per_s"] > 0 for row in rows.values())
+    assert rows["asleep, pool of 2"]["in_worker_ms"] >= 50
+
+
+@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu, noise])
 def test_a_case_that_is_not_there(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["nonsense"])
@@ -169,5 +232,5 @@ def test_pictures_of_all_results(tmp_path):
     results = sorted(plot.RESULTS.glob("*.json"))
     assert plot.main(["--out", str(tmp_path)]) == 0
     drawn = {file.stem for file in tmp_path.glob("*.png")}
-    assert drawn == {file.stem for file in results}
+    assert drawn == {file.stem for file in results if not file.stem.startswith(("table", "remote"))}  # no ratios
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))

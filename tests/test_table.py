@@ -723,7 +723,7 @@ def test_hostile_records_are_refused_one_by_one(tmp_path):
     def entry(*row: object, table: str = "measurements", checksum: object = None) -> dict[str, object]:
         texts = tuple(value if isinstance(value, str) else "" for value in row)
         checksum = sqlite.checksum(table, texts) if checksum is None else checksum
-        return dict(zip((*sqlite.COLUMNS[table], "checksum"), (*row, checksum), strict=True))
+        return dict(zip(("table", *sqlite.COLUMNS[table], "checksum"), (table, *row, checksum), strict=True))
 
     def record(**change: object) -> str:
         return json.dumps(OK.to_json() | change)
@@ -741,36 +741,65 @@ def test_hostile_records_are_refused_one_by_one(tmp_path):
         (entry("env", "conv", "number", 7), "record is not a text"),
         (entry("env", "conv", None, record()), "candidate is not a text"),
         (entry("env", "conv", "x" * 10**5, record()), "candidate is not a text of 1 to"),
-        (entry("env", "conv", "\ud800", record()), "surrogates"),
+        (entry("env", "conv", "\ud800", record()), "cannot be printed"),
+        (entry("env", "conv", "\x1b[2J", record()), "cannot be printed"),
         (good | {"candidate": "moved"}, "checksum"),
         (good | {"checksum": None}, "checksum"),
         (good | {"checksum": ["x"]}, "checksum"),
-        (good | {"more": 1}, "not an object of"),
-        (["env", "conv", "list", record()], "not an object of"),
-        (None, "not an object of"),
+        (good | {"more": 1}, "not a record of"),
+        (good | {"table": "sqlite_master"}, "not a record of"),
+        (good | {"table": ["plans"]}, "not a record of"),
+        (["env", "conv", "list", record()], "not a record of"),
+        (None, "not a record of"),
     ]
     plans = [
-        (entry("env", "f1", "s", "[true]", "{}", table="plans"), "sizes is not a list of numbers"),
+        (entry("env", "f1", "s", "[true]", "{}", table="plans"), "one of sizes is True, not a number"),
         (entry("env", "f2", "s", "{}", "{}", table="plans"), "sizes is not a list of numbers"),
         (entry("env", "f3", "s", "[1]", "__import__('os')", table="plans"), "Expecting"),
+        (entry("env", "f4", "s", "[1e999]", "{}", table="plans"), "one of sizes is inf"),
+        (entry("env", "f5", "s", "[NaN]", "{}", table="plans"), "one of sizes is nan"),
     ]
-    exported = {
-        "schema": sqlite.SCHEMA_VERSION,
-        "measurements": [one for one, _ in measurements] + [good],
-        "plans": [one for one, _ in plans] + [entry("env", "good", "s", "[1]", "{}", table="plans")],
-    }
-    (tmp_path / "hostile.json").write_text(json.dumps(exported))
+    strange = [("{", "not JSON: Expecting"), ("\udcff", "not JSON"), ("[" * 10**5, "recursion"), ("9" * 10**4, "digit")]
+    lines = [json.dumps({"format": "jaxlayout cost table", "schema": sqlite.SCHEMA_VERSION})]
+    lines += [json.dumps(one) for one, _ in measurements + plans] + [line for line, _ in strange]
+    lines += [json.dumps(one) for one in (good, entry("env", "good", "s", "[1]", "{}", table="plans"))]
+    (tmp_path / "hostile.json").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     table = CostTable(":memory:")
     accepted, refused = table.import_json(tmp_path / "hostile.json")
     assert accepted == 2
-    names = [f"measurements[{number}]" for number in range(len(measurements))]
-    names += [f"plans[{number}]" for number in range(len(plans))]
-    reasons = dict(reason.split(": ", 1) for reason in refused)
-    assert sorted(reasons) == sorted(names)
-    for name, (_, reason) in zip(names, measurements + plans, strict=True):
-        assert reason in reasons[name] and len(reasons[name]) < 200
+    reasons = {int(reason.removeprefix("line ").partition(":")[0]): reason for reason in refused}
+    bad = measurements + plans + strange
+    assert sorted(reasons) == list(range(2, 2 + len(bad))) and len(refused) == len(bad)
+    for number, (_, reason) in enumerate(bad, 2):
+        assert reason in reasons[number] and len(reasons[number]) < 200
     assert table.measurements("env", "conv") == {"good": OK}
     assert table.counts() == {"measurements": 1, "plans": 1, "unsaved": 0}
+
+
+def test_a_line_of_any_length_is_refused_alone(path, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxlayout.costs.table.MAX_LINE", 1000)
+    filled(path, 2)
+    with CostTable(path) as table:
+        table.export_json(tmp_path / "table.json")
+    first, *rest = (tmp_path / "table.json").read_text().splitlines()
+    for long in ("x" * 999, "x" * 1000, "x" * 12345, '"' + "x" * 5000):
+        (tmp_path / "long.json").write_text("\n".join([first, rest[0], long, *rest[1:]]))
+        other = CostTable(":memory:")
+        accepted, refused = other.import_json(tmp_path / "long.json")
+        assert accepted == 3 and len(refused) == 1 and refused[0].startswith("line 3: not JSON: ")
+
+
+def test_many_records_go_in_and_out_some_at_a_time(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sqlite, "BATCH", 7)
+    those = filled(path, 50)
+    with CostTable(path) as table:
+        table.export_json(tmp_path / "table.json")
+        assert table.merge(path) == (51, [])  # with itself: what is written meanwhile is not read
+        assert table.measurements("env", "conv") == those
+    for other, read in ((CostTable(":memory:"), "import_json"), (CostTable(":memory:"), "merge")):
+        assert getattr(other, read)(tmp_path / "table.json" if read == "import_json" else path) == (51, [])
+        assert other.measurements("env", "conv") == those
+        assert list(other.measurements("env", "conv")) == list(those)[::-1]  # newest first
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "7", '{"schema": 999}', "[" * 10**5, "\udcff"])

@@ -74,7 +74,7 @@ def add_to(commands: Any) -> None:
 
     show = action("show", show_table, "Count what the table holds, by environment.", SHOW)
     show.add_argument("--signature", metavar="TEXT", help="list the candidates of signatures with this in them, timed")
-    export = action("export", _export, "Write every record to a JSON file.", EXPORT)
+    export = action("export", _export, "Write every record to a file of JSON values, one a line.", EXPORT)
     export.add_argument("file", metavar="FILE")
     importing = action("import", _import, "Add the records of an exported file.", IMPORT)
     importing.add_argument("file", metavar="FILE")

@@ -151,6 +151,11 @@ class ConvSignature:
         return np.dtype(np.float32) if half else self.out_dtype
 
     @property
+    def partial_type(self) -> np.dtype | None:
+        """The `preferred_element_type` of a part of the sum, which is to be rounded once, with the rest."""
+        return self.preferred_element_type if self.accumulator == self.out_dtype else self.accumulator
+
+    @property
     def contraction(self) -> int:
         """How many products are summed into one output element, K."""
         return self.kernel_features * math.prod(self.kernel)

@@ -1,6 +1,7 @@
 """Locks between processes: one process of a machine times at a time, one repairs the table at a time."""
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -98,8 +99,22 @@ def file_lock(
         # A child forked inside shares the lock. Unlocking, not closing, frees it for everyone, so that is
         # for the owner to do, and it must: the child may live long.
         if locked and os.getpid() == owner:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def locks_work(path: str | os.PathLike[str]) -> bool:
+    """Whether the file system of `path`, a file made for this, has the locks that SQLite wants; True if not known."""
+    if (descriptor := _open(path)) is None or fcntl is None:
+        return True
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _open(path: str | os.PathLike[str]) -> int | None:

@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
+
+from jaxlayout.checked import integer, number, one_of, shown, text
 
 Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 
@@ -58,25 +60,22 @@ class Measurement:
     def from_json(cls, value: object) -> "Measurement":
         """The record that `to_json` wrote. Raises ValueError, saying why, for anything else."""
         if not isinstance(value, Mapping):
-            raise ValueError(f"a measurement is an object, not {_shown(value)}")
-        names = {field.name for field in dataclasses.fields(cls)}
-        if missing := names - value.keys() - {"detail"}:
+            raise ValueError(f"a measurement is an object, not {shown(value)}")
+        if missing := NAMES - value.keys() - {"detail"}:
             raise ValueError(f"missing: {', '.join(sorted(missing))}")
-        if unknown := value.keys() - names:
-            raise ValueError(f"unknown fields: {', '.join(_shown(name) for name in list(unknown)[:5])}")
-        status = value["status"]
-        if not isinstance(status, str) or status not in get_args(Status):
-            raise ValueError(f"status is {_shown(status)}, not one of {', '.join(get_args(Status))}")
-        error = value["error"]
+        if unknown := value.keys() - NAMES:
+            raise ValueError(f"unknown fields: {', '.join(shown(name) for name in list(unknown)[:5])}")
+        status: Status = one_of("status", value["status"], get_args(Status))
+        median, spread, error, temp = (value[name] for name in ("median_ns", "spread_ns", "error", "temp_bytes"))
         measurement = cls(
-            status=cast(Status, status),
-            median_ns=_number("median_ns", value["median_ns"], MAX_NS),
-            spread_ns=_number("spread_ns", value["spread_ns"], MAX_NS),
-            runs=cast(int, _integer("runs", value["runs"], MAX_RUNS)),
-            error=math.inf if error == "inf" else _number("error", error, math.inf),
-            temp_bytes=_integer("temp_bytes", value["temp_bytes"], MAX_BYTES, optional=True),
-            program=_text("program", value["program"], MAX_PROGRAM),
-            detail=_text("detail", value.get("detail", ""), MAX_DETAIL),
+            status=status,
+            median_ns=None if median is None else number("median_ns", median, MAX_NS),
+            spread_ns=None if spread is None else number("spread_ns", spread, MAX_NS),
+            runs=integer("runs", value["runs"], MAX_RUNS),
+            error=math.inf if error == "inf" else None if error is None else number("error", error),
+            temp_bytes=None if temp is None else integer("temp_bytes", temp, MAX_BYTES),
+            program=text("program", value["program"], MAX_PROGRAM),
+            detail=text("detail", value.get("detail", ""), MAX_DETAIL),
         )
         if measurement.median_ns == 0:
             raise ValueError("median_ns is 0: nothing takes no time")
@@ -87,43 +86,4 @@ class Measurement:
         return measurement
 
 
-def _shown(value: object) -> str:
-    """`repr`, cut short: the value may be hostile and of any size."""
-    if isinstance(value, list | tuple | dict):
-        return f"a {type(value).__name__} of {len(value)}"
-    if isinstance(value, int) and abs(value) >= 2**64:
-        return "a huge integer"
-    text = repr(value[:50] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:56] + " ..."
-
-
-def _number(name: str, value: object, most: float) -> float | None:
-    """None, or a finite float in [0, most]."""
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is {_shown(value)}, not a number")
-    # Compared before it is converted: float() of a huge integer overflows.
-    if not 0 <= value <= most or value == math.inf or (isinstance(value, int) and value > 2**64):
-        raise ValueError(f"{name} is {_shown(value)}, outside [0, {most:g}]")
-    return float(value)
-
-
-def _integer(name: str, value: object, most: int, optional: bool = False) -> int | None:
-    """An int in [0, most], or None if that is allowed."""
-    if value is None and optional:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is {_shown(value)}, not an integer")
-    if not 0 <= value <= most:
-        raise ValueError(f"{name} is {_shown(value)}, outside [0, {most}]")
-    return value
-
-
-def _text(name: str, value: object, most: int) -> str:
-    """A string of at most `most` characters."""
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is {_shown(value)}, not a string")
-    if len(value) > most:
-        raise ValueError(f"{name} is {len(value)} characters long, more than {most}")
-    return value
+NAMES = frozenset(field.name for field in dataclasses.fields(Measurement))

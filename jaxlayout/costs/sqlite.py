@@ -10,7 +10,7 @@ import os
 import pathlib
 import sqlite3
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any
 
 SCHEMA_VERSION = 1
@@ -52,6 +52,10 @@ NETWORK = {
     "virtiofs",
 }
 """File systems that several machines may mount: SQLite's shared memory seems to work there, and does not."""
+
+BATCH = 10_000
+"""Records read, checked or written at a time: what bounds the memory that a large table takes."""
+MAX_ROWID = 2**63 - 1
 
 Row = tuple[str, ...]
 """The values of one record in the order of COLUMNS, without its checksum."""
@@ -248,24 +252,38 @@ def stored(path: pathlib.Path, timeout: float, refused: list[str]) -> Iterator[R
         return
     with contextlib.closing(connection):
         for table in COLUMNS:
-            rows, problem = _readable(connection, table, "ASC")
+            problem = yield from _readable(connection, table)
             if problem:  # a damaged page stops the reading: start from the other end too
                 refused.append(f"{table}: {problem}")
-                rows += reversed(_readable(connection, table, "DESC")[0])
-            for rowid, *values, checksum in rows:
-                yield f"{table}[{rowid}]", table, tuple(values), checksum
+                yield from reversed(list(_readable(connection, table, backwards=True)))
 
 
-def _readable(connection: sqlite3.Connection, table: str, order: str) -> tuple[list[tuple[Any, ...]], str]:
-    """(rows up to the first that cannot be read, why that cannot)."""
-    rows = []
+def _readable(connection: sqlite3.Connection, table: str, backwards: bool = False) -> Generator[Record, None, str]:
+    """The records up to the first that cannot be read; returns why that cannot. Some at a time, so that a table of any
+    size may be read while others, or who reads, write to it: what comes in meanwhile is not among them."""
+    beyond, order = ("<", "DESC") if backwards else (">", "ASC")
+    names = ", ".join(COLUMNS[table])
+    query = (
+        f"SELECT rowid, {names}, checksum FROM {table} WHERE rowid {beyond} ? AND rowid <= ? "
+        f"ORDER BY rowid {order} LIMIT {BATCH}"
+    )
     try:
-        query = f"SELECT rowid, {', '.join(COLUMNS[table])}, checksum FROM {table} ORDER BY rowid {order}"
-        for row in connection.execute(query):
-            rows.append(row)  # one by one: those before an error are kept
-    except ERRORS as error:
-        return rows, str(error)
-    return rows, ""
+        newest = connection.execute(f"SELECT max(rowid) FROM {table}").fetchone()[0]
+    except ERRORS:
+        newest = MAX_ROWID
+    last, problem = MAX_ROWID if backwards else -MAX_ROWID, ""
+    while not problem:
+        rows = []
+        try:
+            for row in connection.execute(query, (last, newest)):
+                rows.append(row)  # one by one: those before an error are kept
+        except ERRORS as error:
+            problem = str(error)
+        for last, *values, checksum in rows:
+            yield f"{table}[{last}]", table, tuple(values), checksum
+        if len(rows) < BATCH:
+            break
+    return problem
 
 
 def checksum(table: str, row: Row) -> str:

@@ -11,6 +11,8 @@ cannot be written is kept for this process, and one `TableWarning` says so.
 """
 
 import contextlib
+import functools
+import itertools
 import json
 import logging
 import os
@@ -23,8 +25,9 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
+from jaxlayout.checked import number
 from jaxlayout.costs import sqlite
-from jaxlayout.costs.lock import file_lock
+from jaxlayout.costs.lock import file_lock, locks_work
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row
 
@@ -38,6 +41,12 @@ REPAIR_SECONDS = 30.0
 """How long to wait for another process that is setting the file aside."""
 ENVIRONMENT = "environment"
 """Among an environment's plans, in place of a function: what the environment is, and when it was last written to."""
+
+FORMAT = "jaxlayout cost table"
+"""What the first line of an exported file says it is."""
+MAX_LINE = 4 * MAX_TEXT
+"""Longest line of one, in characters."""
+UNREADABLE = "cannot be read; what it holds will be measured again"
 
 NOWHERE: Mapping[str, str] = {}
 
@@ -71,10 +80,18 @@ def look(path: str | os.PathLike[str], timeout: float = 5.0) -> tuple[dict[str, 
     It is only read, and may be damaged or in use; SQLite may leave two small files beside it. FileNotFoundError for
     no such file.
     """
+    refused: list[str] = []
+    found: dict[str, list[Row]] = {table: [] for table in COLUMNS}
+    for valid in _valid(_stored(path, timeout, refused), refused):
+        for table, rows in valid.items():
+            found[table] += rows
+    return found, refused
+
+
+def _stored(path: str | os.PathLike[str], timeout: float, refused: list[str]) -> Iterator[Record]:
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no cost table at {path}")
-    refused: list[str] = []
-    return _valid(sqlite.stored(pathlib.Path(path).absolute(), timeout, refused), refused), refused
+    return sqlite.stored(pathlib.Path(path).absolute(), timeout, refused)
 
 
 class CostTable:
@@ -116,7 +133,7 @@ class CostTable:
     def measurements(self, env: str, signature: str) -> dict[str, Measurement]:
         """What is known of a signature's candidates in an environment: candidate id -> Measurement."""
         rows = self._select("measurements", {"env": env, "signature": signature})
-        return {row[2]: Measurement.from_json(json.loads(row[3])) for row in rows}
+        return {row[2]: _measurement(row[3]) for row in rows}
 
     def record(self, env: str, signature: str, candidate: str, measurement: Measurement) -> None:
         """Keeps one measurement, in place of an earlier one."""
@@ -150,44 +167,66 @@ class CostTable:
 
     def counts(self) -> dict[str, int]:
         """How many valid records there are: "measurements", "plans"; and "unsaved", those not in the file."""
-        measurements, plans = self._select("measurements"), self._select("plans")
-        counts = {"measurements": len(measurements), "plans": sum(plan[1] != ENVIRONMENT for plan in plans)}
-        return counts | {"unsaved": sum(map(len, self._unsaved.values()))}
+        found: dict[str, int] = {}
+
+        def count(connection: sqlite3.Connection) -> None:
+            for table in COLUMNS:
+                found[table] = sum(_function(row) != ENVIRONMENT for row in self._rows(connection, table))
+
+        with self._lock:
+            self._run(count, None, UNREADABLE)
+            unsaved = {table: list(rows.values()) for table, rows in self._unsaved.items()}
+        for table, rows in unsaved.items():
+            found[table] = found.get(table, 0) + sum(_function(row) != ENVIRONMENT for row in rows)
+        return found | {"unsaved": sum(map(len, unsaved.values()))}
 
     def export_json(self, path: str | os.PathLike[str]) -> None:
-        """Writes every valid record to a JSON file, whole or not at all. Raises OSError where it cannot."""
-        value: dict[str, Any] = {"format": "jaxlayout cost table", "schema": SCHEMA_VERSION}
-        for table, columns in COLUMNS.items():
-            rows = reversed(self._select(table))  # oldest first, so that an import keeps the order
-            names = (*columns, "checksum")
-            value[table] = [dict(zip(names, (*row, sqlite.checksum(table, row)), strict=True)) for row in rows]
+        """Writes every valid record to a file of JSON values, one a line, whole or not at all. Raises OSError where it
+        cannot."""
         target = pathlib.Path(path)
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+        failed: list[OSError] = []
+
+        def write(connection: sqlite3.Connection) -> None:
+            try:
+                with temporary.open("w", encoding="utf-8") as file:
+                    for line in self._lines(connection):
+                        file.write(_dumps(line) + "\n")
+            except OSError as error:  # the file's, not the table's
+                failed.append(error)
+
         try:
-            temporary.write_text(json.dumps(value, indent=1), encoding="utf-8")
+            with self._lock:
+                if not self._run(lambda connection: write(connection) or True, False, UNREADABLE):
+                    with contextlib.closing(sqlite.connect(sqlite.MEMORY)) as none:
+                        write(none)  # what this process has
+            if failed:
+                raise failed[0]
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
+
+    def _lines(self, connection: sqlite3.Connection) -> Iterator[dict[str, Any]]:
+        """What an exported file has in its lines: what it is, and the records, oldest first, so that an import keeps
+        the order."""
+        yield {"format": FORMAT, "schema": SCHEMA_VERSION}
+        for table, columns in COLUMNS.items():
+            names = ("table", *columns, "checksum")
+            for row in itertools.chain(self._rows(connection, table, order="ASC"), self._unsaved[table].values()):
+                yield dict(zip(names, (table, *row, sqlite.checksum(table, row)), strict=True))
 
     def import_json(self, path: str | os.PathLike[str]) -> tuple[int, list[str]]:
         """Adds the records of an exported file; they replace what is here under the same keys.
 
         Returns (how many were accepted, why each of the others was refused). Raises OSError for no such file.
         """
-        try:
-            value = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            return 0, [f"{path} is not JSON: {error}"]
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA_VERSION:
-            return 0, [f"{path} is not an exported cost table of schema {SCHEMA_VERSION}"]
         refused: list[str] = []
-        return self._add(_exported(value, refused), refused), refused
+        return self._add(_exported(pathlib.Path(path), refused), refused), refused
 
     def merge(self, other: str | os.PathLike[str]) -> tuple[int, list[str]]:
         """Adds the records of another table's file, as `import_json` does. What it does to that file: see `look`."""
-        valid, refused = look(other, self._timeout)
-        self._write(valid)
-        return sum(map(len, valid.values())), refused
+        refused: list[str] = []
+        return self._add(_stored(other, self._timeout, refused), refused), refused
 
     def forget(self, environments: Collection[str]) -> int:
         """Removes all records of some environments, and gives their room back to the file system where nobody else has
@@ -226,38 +265,49 @@ class CostTable:
 
     def _select(self, table: str, where: Mapping[str, str] = NOWHERE, limit: int | None = None) -> list[Row]:
         """The valid rows that have the values of `where` in the columns it names, newest first."""
-        columns, keys = COLUMNS[table], KEYS[table]
+        keys = KEYS[table]
         found: dict[Row, Row] = {}
 
-        def matches(row: Row) -> bool:
-            return all(row[columns.index(name)] == value for name, value in where.items())
-
         def read(connection: sqlite3.Connection) -> None:
-            condition = " AND ".join(f"{name} = ?" for name in where) or "1"
-            names = ", ".join((*columns, "checksum"))
-            query = f"SELECT {names} FROM {table} WHERE {condition} ORDER BY rowid DESC"
-            with contextlib.closing(connection.execute(query, tuple(where.values()))) as cursor:
-                for *values, checksum in cursor:
-                    row = tuple(values)
-                    if len(found) == limit:
-                        return
-                    if problem := _problem(table, row, deep=False) or _mismatch(table, row, checksum):
-                        logger.warning("%s: skipped a record of %s: %s", self.path, table, problem)
-                    elif matches(row):
-                        found.setdefault(row[:keys], row)
+            for row in self._rows(connection, table, where):
+                if len(found) == limit:
+                    return
+                found.setdefault(row[:keys], row)
 
         with self._lock:
-            found |= {key: row for key, row in reversed(self._unsaved[table].items()) if matches(row)}
-            self._run(read, None, "cannot be read; what it holds will be measured again")
+            found |= {key: row for key, row in reversed(self._unsaved[table].items()) if _matches(table, row, where)}
+            self._run(read, None, UNREADABLE)
             return list(found.values())[:limit]
 
+    def _rows(
+        self, connection: sqlite3.Connection, table: str, where: Mapping[str, str] = NOWHERE, order: str = "DESC"
+    ) -> Iterator[Row]:
+        """The valid rows in the file, but for those that an unsaved one replaces. Needs the lock held."""
+        condition = " AND ".join(f"{name} = ?" for name in where) or "1"
+        names = ", ".join((*COLUMNS[table], "checksum"))
+        query = f"SELECT {names} FROM {table} WHERE {condition} ORDER BY rowid {order}"
+        with contextlib.closing(connection.execute(query, tuple(where.values()))) as cursor:
+            for *values, checksum in cursor:
+                row = tuple(values)
+                if problem := _problem(table, row, deep=False) or _mismatch(table, row, checksum):
+                    logger.warning("%s: skipped a record of %s: %s", self.path, table, problem)
+                elif row[: KEYS[table]] not in self._unsaved[table] and _matches(table, row, where):
+                    yield row
+
     def _write(self, rows: Mapping[str, Iterable[Row]]) -> None:
-        """Keeps rows, in one transaction: in the file, or else, with a warning, for this process."""
+        """Keeps rows that make sense; see `_keep`."""
+        sound: dict[str, list[Row]] = {table: [] for table in rows}
+        for table, row in [(table, row) for table, those in rows.items() for row in those]:
+            if problem := _problem(table, row):
+                logger.warning("%s: did not keep a record of %s: %s", self.path, table, problem)
+            else:
+                sound[table].append(row)
+        self._keep(sound)
+
+    def _keep(self, rows: Mapping[str, Iterable[Row]]) -> None:
+        """Keeps valid rows, in one transaction: in the file, or else, with a warning, for this process."""
         with self._lock:
             for table, row in [(table, row) for table, those in rows.items() for row in those]:
-                if problem := _problem(table, row):
-                    logger.warning("%s: did not keep a record of %s: %s", self.path, table, problem)
-                    continue
                 key = row[: KEYS[table]]
                 self._unsaved[table].pop(key, None)  # the newest come last
                 self._unsaved[table][key] = row
@@ -272,9 +322,11 @@ class CostTable:
 
     def _add(self, records: Iterable[Record], refused: list[str]) -> int:
         """Keeps the valid ones of `records`, adds to `refused` why not the others; how many were kept."""
-        valid = _valid(records, refused)
-        self._write(valid)
-        return sum(map(len, valid.values()))
+        count = 0
+        for valid in _valid(records, refused):
+            self._keep(valid)
+            count += sum(map(len, valid.values()))
+        return count
 
     def _run(self, operation: Callable[[sqlite3.Connection], T], default: T, failure: str) -> T:
         """`operation` on the open table; `default`, and a warning, where that fails. Needs the lock held."""
@@ -304,6 +356,10 @@ class CostTable:
         self._connection.execute(f"PRAGMA busy_timeout = {int(self._patience * 1000)}")
         return self._connection
 
+    @property
+    def _lock_path(self) -> str:
+        return f"{self.path}.lock"
+
     def _is_current(self) -> bool:
         """Whether the open file is still the one of that name."""
         return self._in_memory or self._file == sqlite.identity(self.path)
@@ -322,6 +378,10 @@ class CostTable:
             self._connection = sqlite.connect(f"{self.path.as_uri()}?mode=rwc", self._patience, self.path)
             self._file = self._file or sqlite.identity(self.path)
         except (sqlite3.OperationalError, OSError) as error:
+            if sqlite.is_busy(error) and not locks_work(self._lock_path):  # all that SQLite says of ENOLCK is "locked"
+                self._in_memory = True
+                self._warn("is where files cannot be locked; records are kept for this process only")
+                return
             if sqlite.is_busy(error) or sqlite.is_damage(error):
                 raise
             with contextlib.suppress(sqlite3.OperationalError):
@@ -335,7 +395,7 @@ class CostTable:
     def _set_aside(self, error: Exception) -> None:
         """Renames the unusable file; copies what is valid in it to a new one, in memory where that fails."""
         self._disconnect()
-        with file_lock(f"{self.path}.lock", REPAIR_SECONDS, what="repairing the cost table"):
+        with file_lock(self._lock_path, REPAIR_SECONDS, what="repairing the cost table"):
             if self._file != sqlite.identity(self.path):
                 return  # another process was quicker
             try:
@@ -344,13 +404,14 @@ class CostTable:
                 logger.warning("%s cannot be renamed: %s", self.path, failure)
                 self._in_memory, aside = True, self.path
             lost: list[str] = []
-            kept = _valid(sqlite.stored(aside, self._timeout, lost), lost)
-            # Not in place of what other processes have written to the new file by now.
-            sqlite.insert(self._open(), kept, "IGNORE")
+            count = 0
+            for kept in _valid(sqlite.stored(aside, self._timeout, lost), lost):
+                # Not in place of what other processes have written to the new file by now.
+                sqlite.insert(self._open(), kept, "IGNORE")
+                count += sum(map(len, kept.values()))
         for reason in lost:
             logger.info("%s: %s", aside, reason)
         what = "cannot be renamed, so it is not used" if self._in_memory else f"set aside as {aside.name}"
-        count = sum(map(len, kept.values()))
         self._warn(f"not usable ({error}): {what}; {count} valid records were saved from it")
 
     def _disconnect(self) -> None:
@@ -369,29 +430,54 @@ class CostTable:
             warnings.warn(message, TableWarning, stacklevel=2)
 
 
-def _exported(value: Mapping[str, Any], refused: list[str]) -> Iterator[Record]:
-    """The records of an exported table; `refused` gets a reason for whatever does not look like one."""
-    for table, columns in COLUMNS.items():
-        entries = value.get(table, [])
-        if not isinstance(entries, list):
-            refused.append(f"{table}: not a list")
+def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
+    """The records of an exported file; `refused` gets a reason for whatever does not look like one."""
+    for n, value in _json_lines(path, refused):
+        if n == 1:
+            if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("schema") != SCHEMA_VERSION:
+                refused.append(f"{path} is not an exported cost table of schema {SCHEMA_VERSION}")
+                return
             continue
-        for number, entry in enumerate(entries):
-            if isinstance(entry, dict) and entry.keys() == {*columns, "checksum"}:
-                yield f"{table}[{number}]", table, tuple(entry[name] for name in columns), entry["checksum"]
-            else:
-                refused.append(f"{table}[{number}]: not an object of {', '.join(columns)}, checksum")
-
-
-def _valid(records: Iterable[Record], refused: list[str]) -> dict[str, list[Row]]:
-    """The valid ones of `records` by table; `refused` gets why the others are not."""
-    valid: dict[str, list[Row]] = {table: [] for table in COLUMNS}
-    for name, table, row, checksum in records:
-        if problem := _problem(table, row) or _mismatch(table, row, checksum):
-            refused.append(f"{name}: {problem}")
+        table = value.get("table") if isinstance(value, dict) else None
+        columns = COLUMNS.get(table, ()) if isinstance(table, str) else ()
+        if not isinstance(table, str) or not columns or value.keys() != {"table", *columns, "checksum"}:
+            refused.append(f"line {n}: not a record of {' or '.join(COLUMNS)}")
         else:
-            valid[table].append(row)
-    return valid
+            yield f"line {n}", table, tuple(value[name] for name in columns), value["checksum"]
+
+
+def _json_lines(path: pathlib.Path, refused: list[str]) -> Iterator[tuple[int, Any]]:
+    """The values of a file that has one in each line, by number from 1; `refused` gets why others are none."""
+    # What is no UTF-8 costs its own record, by the checksum.
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for n in itertools.count(1):
+            line = file.readline(MAX_LINE)
+            if not line and n > 1:
+                break
+            whole = line.endswith("\n") or len(line) < MAX_LINE
+            while len(line) == MAX_LINE and not line.endswith("\n"):
+                line = file.readline(MAX_LINE)
+            try:
+                if not whole:
+                    raise ValueError(f"longer than {MAX_LINE} characters")
+                yield n, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                refused.append(f"line {n}: not JSON: {error}")
+                if n == 1:
+                    return
+
+
+def _valid(records: Iterable[Record], refused: list[str]) -> Iterator[dict[str, list[Row]]]:
+    """The valid ones of `records` by table, some at a time; `refused` gets why the others are not."""
+    records = iter(records)
+    while some := list(itertools.islice(records, sqlite.BATCH)):
+        valid: dict[str, list[Row]] = {table: [] for table in COLUMNS}
+        for name, table, row, checksum in some:
+            if problem := _problem(table, row) or _mismatch(table, row, checksum):
+                refused.append(f"{name}: {problem}")
+            else:
+                valid[table].append(row)
+        yield valid
 
 
 def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
@@ -401,18 +487,38 @@ def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
         most = MAX_KEY if name in short else MAX_TEXT
         if not isinstance(value, str) or not 0 < len(value) <= most:
             return f"{name} is not a text of 1 to {most} characters"
+        if name in short and not value.isprintable():  # keys are shown in terminals
+            return f"{name} has characters that cannot be printed"
     texts = cast(Row, row)
     try:
         "".join(texts).encode()  # half a surrogate pair cannot be stored
         if table == "measurements":
-            Measurement.from_json(json.loads(texts[3]))
-        elif deep:
-            sizes, _ = json.loads(texts[3]), json.loads(texts[4])
-            if not isinstance(sizes, list) or not all(type(size) in (int, float) for size in sizes):
+            _measurement(texts[3])
+        else:
+            sizes = json.loads(texts[3])
+            if not isinstance(sizes, list):
                 return "sizes is not a list of numbers"
+            for size in sizes:
+                number("one of sizes", size)
+            if deep:
+                json.loads(texts[4])
     except (ValueError, RecursionError) as error:
         return str(error)
     return ""
+
+
+@functools.lru_cache(1024)
+def _measurement(text: str) -> Measurement:
+    """Of a record's text. It is checked first and made use of right after: the cache saves the second parsing."""
+    return Measurement.from_json(json.loads(text))
+
+
+def _matches(table: str, row: Row, where: Mapping[str, str]) -> bool:
+    return all(row[COLUMNS[table].index(name)] == value for name, value in where.items())
+
+
+def _function(row: Row) -> str:
+    return row[1]  # a measurement's signature is never ENVIRONMENT
 
 
 def _mismatch(table: str, row: Row, checksum: object) -> str:

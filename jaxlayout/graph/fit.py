@@ -1,4 +1,5 @@
-"""Whether a plan fits a program: asked of a plan that was made elsewhere, perhaps for another version of it."""
+"""Whether a plan fits a program: asked of a plan that was made elsewhere, perhaps for another version of it, and of one
+from the table, which may be somebody else's."""
 
 from __future__ import annotations
 
@@ -26,13 +27,14 @@ def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from located(body.jaxpr, (*here, b))
 
 
-def check_fit(jaxpr: Any, plan: Plan) -> None:
-    """Raise ValueError, naming the equation, where a plan says what cannot be of this program."""
-    equations = dict(located(jaxpr))
+def check_fit(jaxpr: Any, plan: Plan, *, relaxed: bool = True) -> None:
+    """Raise ValueError, naming the equation, where a plan says what cannot be of this program. `relaxed`: it may have
+    lowerings of relaxed numerics."""
+    equations = dict(located(jaxpr)) if plan.choices else {}
     for path, mode in plan.choices.items():
         if path not in equations:
             raise ValueError(f"the plan does not fit: the program has no equation {path}")
-        if why := _objection(equations[path], mode):
+        if why := _objection(equations[path], mode, relaxed):
             raise misfit(equations[path], path, why)
 
 
@@ -43,7 +45,7 @@ def misfit(eqn: Any, path: Path, why: str) -> ValueError:
     return ValueError(f"the plan does not fit: equation {path} {eqn.primitive}({shapes}) {why} [{line}]")
 
 
-def _objection(eqn: Any, mode: Mode) -> str:
+def _objection(eqn: Any, mode: Mode, relaxed: bool) -> str:
     ranks = [rank_of(v) for v in (*eqn.invars, *eqn.outvars)]
     if ranks != [len(order) for order in (*mode.operands, *mode.results)]:
         return "has other operands or results than the plan says"
@@ -51,7 +53,7 @@ def _objection(eqn: Any, mode: Mode) -> str:
         return ""  # as written
     rule = rule_for(eqn.primitive)
     if mode.candidate is not None:
-        return _site_objection(eqn, mode, mode.candidate)
+        return _site_objection(eqn, mode, mode.candidate, relaxed)
     if isinstance(rule, Rule) and (labelling := rule.axes(eqn)) is not None:
         orders = Orders(mode.operands, mode.results)
         slots = enumerate((*orders.operands, *orders.results))
@@ -63,15 +65,16 @@ def _objection(eqn: Any, mode: Mode) -> str:
     return "has no rule for other orders"
 
 
-def _site_objection(eqn: Any, mode: Mode, candidate: Candidate) -> str:
+def _site_objection(eqn: Any, mode: Mode, candidate: Candidate, relaxed: bool) -> str:
     if eqn.primitive not in CONVOLUTIONS:
         return "is not a convolution"
     dims = written_order(eqn.params)
     lhs, rhs = (v.aval for v in eqn.invars)
     conv = ConvSignature.of(lhs, rhs, eqn.params)
     written = Candidate(chosen_lowering(eqn.params), dims)
-    # XLA takes any order, and a plan may be of a device that prefers another, or of relaxed numerics.
-    if candidate.lowering != "xla" and candidate not in candidates(conv, written, relaxed=True):
+    # XLA takes any order, and a plan may be of a device that prefers another.
+    takes_any = candidate.lowering == "xla" and len(candidate.dims.lhs.axes) == len(dims.lhs.axes)
+    if not takes_any and candidate not in candidates(conv, written, relaxed=relaxed):
         return f"cannot be computed by {candidate}"
     operands = candidate.dims.lhs.permutation_from(dims.lhs), candidate.dims.rhs.permutation_from(dims.rhs)
     agree = (*mode.operands, *mode.results) == (*operands, candidate.dims.out.permutation_from(dims.out))

@@ -9,6 +9,7 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
+from jaxlayout.checked import flag, integer, number, shown, text
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
@@ -90,28 +91,42 @@ class Plan:
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
-        """The inverse of `to_json`. ValueError for anything else."""
+        """The inverse of `to_json`. ValueError, saying why, for anything else."""
         try:
             if data["format"] != FORMAT:
-                raise ValueError(f"a plan of format {data['format']!r}, this is format {FORMAT}")
+                raise ValueError(f"a plan of format {shown(data['format'])}, this is format {FORMAT}")
+            sealed = data["sealed_bytes"]
             return cls(
                 choices={
-                    tuple(path): Mode(_orders(operands), _orders(results), candidate and Candidate.parse(candidate))
+                    _integers(path): Mode(
+                        _orders(operands),
+                        _orders(results),
+                        None if candidate is None else Candidate.parse(text("candidate", candidate, 1000)),
+                    )
                     for path, operands, results, candidate in data["choices"]
                 },
                 conversions=tuple(
-                    Conversion(tuple(shape), str(dtype), tuple(held), tuple(wanted), tuple(before), float(times))
-                    for shape, dtype, held, wanted, before, times in data["conversions"]
+                    Conversion(
+                        _integers(shape),
+                        text("dtype", dtype, 100),
+                        orders[0],
+                        orders[1],
+                        _integers(before),
+                        number("times", times),
+                    )
+                    for shape, dtype, *moved, before, times in data["conversions"]
+                    for orders in (_orders(moved),)
                 ),
-                predicted_ns=float(data["predicted_ns"]),
-                written_ns=float(data["written_ns"]),
-                bound_ns=float(data["bound_ns"]),
-                exact=bool(data["exact"]),
-                compiler_options={str(name): str(value) for name, value in data["compiler_options"].items()},
-                sealed_bytes=None if data["sealed_bytes"] is None else int(data["sealed_bytes"]),
+                **{name: number(name, data[name]) for name in ("predicted_ns", "written_ns", "bound_ns")},
+                exact=flag("exact", data["exact"]),
+                compiler_options={
+                    text("option", name, 1000): text("option", value, 1000)
+                    for name, value in data["compiler_options"].items()
+                },
+                sealed_bytes=None if sealed is None else integer("sealed_bytes", sealed, 2**60),
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a plan: {error!r}") from error
+            raise ValueError(f"not a plan: {error!r}"[:200]) from error
 
     def save(self, path: str | FilePath) -> None:
         """Write it as JSON."""
@@ -123,8 +138,12 @@ class Plan:
         return cls.from_json(json.loads(FilePath(path).read_text(encoding="utf-8")))
 
 
+def _integers(data: Any) -> tuple[int, ...]:
+    return tuple(integer("an axis, size or place", value, 2**60) for value in data)
+
+
 def _orders(data: Any) -> tuple[Order, ...]:
-    orders = tuple(tuple(int(axis) for axis in order) for order in data)
+    orders = tuple(map(_integers, data))
     if any(sorted(order) != list(range(len(order))) for order in orders):
-        raise ValueError(f"not axis orders: {data!r}")
+        raise ValueError(f"not axis orders: {shown(data)}")
     return orders

@@ -13,10 +13,11 @@ from jaxlayout.convs.lowerings.sealed import Sealed
 from jaxlayout.convs.lowerings.shifted import Shifted
 from jaxlayout.convs.lowerings.space_to_depth import SpaceToDepth
 from jaxlayout.convs.lowerings.tap_dots import TapDots
+from jaxlayout.convs.lowerings.wide_planes import WidePlanes
 from jaxlayout.convs.lowerings.winograd import Winograd2, Winograd4
 from jaxlayout.convs.lowerings.xla import Xla
 
-_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes(), Sealed())
+_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes(), WidePlanes(), Sealed())
 _RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth(), Merged())
 
 for _lowering in (*_STRICT, *_RELAXED):
@@ -35,6 +36,7 @@ __all__ = [
     "Shifted",
     "SpaceToDepth",
     "TapDots",
+    "WidePlanes",
     "Winograd2",
     "Winograd4",
     "Xla",

@@ -43,24 +43,20 @@ class Planes(Composite):
     ) -> jax.Array:
         if 0 in (*conv.out_shape(dims.out), *lhs.shape, *rhs.shape):
             return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
-        flat = replace(
-            conv,
-            spatial=conv.spatial[1:],
-            kernel=conv.kernel[1:],
-            strides=conv.strides[1:],
-            padding=conv.padding[1:],
-            lhs_dilation=conv.lhs_dilation[1:],
-            rhs_dilation=conv.rhs_dilation[1:],
-        )
         by = _by_position if _few_positions(conv) else _by_tap
-        order = _without_depth(dims)
-        return by(conv, flat, dims, lhs, rhs, lambda part, lhs, rhs: convolve(part, order, lhs, rhs))
+        order = without_depth(dims)
+        return by(conv, flattened(conv), dims, lhs, rhs, lambda part, lhs, rhs: convolve(part, order, lhs, rhs))
+
+
+def flattened(conv: ConvSignature) -> ConvSignature:
+    """The same convolution of planes."""
+    every = ("spatial", "kernel", "strides", "padding", "lhs_dilation", "rhs_dilation")
+    return replace(conv, **{name: getattr(conv, name)[1:] for name in every})
 
 
 def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: Any, convolve: Any) -> jax.Array:
     """Position o reads plane o * stride + t * step - low at tap t."""
     size, positions, stride = conv.spatial[0], conv.out_spatial[0], conv.strides[0]
-    wide = conv.preferred_element_type if conv.accumulator == conv.out_dtype else conv.accumulator
     shape = (conv.batch, positions, *conv.out_shape(dims.out)[2:])
     out = lax.full(shape, 0, conv.accumulator)
     for tap in range(conv.kernel[0]):
@@ -73,9 +69,9 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
             first, last = shift, shift + size - 1
         else:
             planes = lax.slice_in_dim(lhs, first * stride - shift, last * stride - shift + 1, stride, axis=1)
-        part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=wide)
+        part = replace(flat, batch=conv.batch * planes.shape[1], preferred_element_type=conv.partial_type)
         kernel = lax.index_in_dim(rhs, tap, dims.rhs.axes.index("D"), keepdims=False)
-        summand = convolve(part, _merged(planes, 1), kernel)
+        summand = convolve(part, merged(planes, 1), kernel)
         summand = lax.reshape(summand, (*planes.shape[:2], *shape[2:]))
         edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
         # A barrier, or all summands are kept until the last is there.
@@ -96,9 +92,9 @@ def _by_position(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, 
         if count:
             planes = lax.slice_in_dim(lhs, first * step - shift, last * step - shift + 1, step, axis=lhs_depth)
             kernel = lax.slice_in_dim(rhs, first, last + 1, axis=rhs_depth)
-            out = convolve(part, _merged(planes, lhs_depth), _merged(kernel, rhs_depth))
+            out = convolve(part, merged(planes, lhs_depth), merged(kernel, rhs_depth))
         else:
-            out = lax.full(part.out_shape(_without_depth(dims).out), 0, conv.out_dtype)
+            out = lax.full(part.out_shape(without_depth(dims).out), 0, conv.out_dtype)
         outs.append(lax.expand_dims(out, (at,)))
     return lax.concatenate(outs, at)
 
@@ -107,12 +103,12 @@ def _few_positions(conv: ConvSignature) -> bool:
     return conv.out_spatial[0] < conv.kernel[0]
 
 
-def _without_depth(dims: ConvDimensionNumbers) -> ConvDimensionNumbers:
+def without_depth(dims: ConvDimensionNumbers) -> ConvDimensionNumbers:
     lhs, rhs, out = (layout.axes.replace("D", "") for layout in (dims.lhs, dims.rhs, dims.out))
     return ConvDimensionNumbers(ConvLayout(lhs), KernelLayout(rhs), ConvLayout(out))
 
 
-def _merged(array: jax.Array, axis: int) -> jax.Array:
+def merged(array: jax.Array, axis: int) -> jax.Array:
     """An axis merged into the one before it."""
     shape = list(array.shape)
     shape[axis - 1 : axis + 1] = [shape[axis - 1] * shape[axis]]

@@ -44,18 +44,17 @@ class TapDots(Lowering):
         shape = conv.out_shape(dims.out)
         if 0 in shape:
             return lax.full(shape, 0, conv.out_dtype)
-        precision, wide = conv.precision, conv.preferred_element_type
+        precision = conv.precision
         if conv.is_kernel_gradient:
             summed = tuple(range(lhs.ndim - 1))
             over = (summed, summed), ((), ())
             met = views(conv, dims, lhs, by_position=True)
-            dots = [lax.dot_general(view, prepared, over, precision, wide) for view in met]
+            dots = [lax.dot_general(view, prepared, over, precision, conv.preferred_element_type) for view in met]
             return lax.reshape(lax.concatenate([lax.expand_dims(dot, (0,)) for dot in dots], 0), shape)
-        wide = wide if conv.accumulator == conv.out_dtype else conv.accumulator
         taps = itertools.product(*map(range, conv.kernel))
         over = ((lhs.ndim - 1,), (0,)), ((), ())
         dots = [
-            lax.dot_general(met, prepared[tap], over, precision, wide)
+            lax.dot_general(met, prepared[tap], over, precision, conv.partial_type)
             for tap, met in zip(taps, views(conv, dims, lhs, by_position=False), strict=True)
         ]
         return lax.reshape(reduce(lax.add, dots), shape).astype(conv.out_dtype)
