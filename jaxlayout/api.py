@@ -164,24 +164,24 @@ class AutoLayout:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        with self._calling(args, kwargs):
+        with self._calling(args, kwargs, run=False):
             return self._decided(lambda: self._entry_for(args, kwargs).trace(*args, **kwargs))
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        with self._calling(args, kwargs):
+        with self._calling(args, kwargs, run=False):
             return self._decided(lambda: self._entry_for(args, kwargs).lower(*args, **kwargs))
 
     @contextmanager
     def _calling(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None, *, run: bool = True
     ) -> Iterator[None]:
-        """Lets the body see what it is called with."""
-        self._call.arguments, self._call.executor = (args, kwargs), executor
+        """Lets the body see what it is called with. `run`: whether that is for the judge."""
+        self._call.arguments, self._call.executor, self._call.run = (args, kwargs), executor, run
         try:
             yield
         finally:
-            self._call.arguments = self._call.executor = None
+            self._call.arguments, self._call.executor, self._call.run = None, None, True
 
     def _decided(self, run: Callable[[], Any]) -> Any:
         """What `run` gives, once the compiler options are settled."""
@@ -271,7 +271,8 @@ class AutoLayout:
             jaxpr = jax.make_jaxpr(flat)(*arrays)
             given = self._given(tree, places) if context == "entry" else None
             shardings = None if given is None else placements(given, told_shardings(fun, self._told, args, kwargs))
-            concrete = given if given is not None and all(map(is_real, given)) else None
+            real = given is not None and getattr(self._call, "run", True) and all(map(is_real, given))
+            concrete = given if real else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
                 outer = consts_of(jaxpr)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def main():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, all_ = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     args = jax.tree.map(lambda p: spread(p, all_), PARAMS), spread(X, rows), spread(Y, rows)
-    told = {"out_shardings": (all_, all_)}
+    told: Any = {"out_shardings": (all_, all_)}
 
     # One decides, though it takes a while, and the other cannot.
     measuring(slow, failing)

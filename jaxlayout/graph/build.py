@@ -22,7 +22,18 @@ from jaxlayout.convs.lowering import in_turn, lowering_named
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
 from jaxlayout.graph import shards
-from jaxlayout.graph.rules import Body, Labelling, Orders, Port, RegionRule, Rule, bodies_of, follow, rule_for
+from jaxlayout.graph.rules import (
+    Body,
+    Labelling,
+    Orders,
+    Port,
+    RegionRule,
+    Rule,
+    bodies_of,
+    follow,
+    is_placed,
+    rule_for,
+)
 from jaxlayout.graph.shards import Division
 from jaxlayout.layout import Order, identity
 from jaxlayout.program import plain
@@ -248,10 +259,9 @@ class _Builder:
             return [self.produced(v.aval, place, "barrier") for v in eqn.outvars]
         if isinstance(rule, RegionRule) and (bodies := bodies_of(eqn)) is not None:
             return self.call(eqn, rule, bodies, operands, place)
-        if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and eqn.params.get("out_sharding") is None:
+        if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and not is_placed(eqn.params):
             return self.site(eqn, operands, place)
-        known = isinstance(rule, Rule) and static_shapes(eqn)
-        labelling = rule.axes(eqn) if known else None
+        labelling = rule.axes(eqn) if isinstance(rule, Rule) and static_shapes(eqn) else None
         divisions = shards.of_results(eqn, labelling, [self.divisions[i] for i in operands])
         results = [self.value(v.aval, place, d) for v, d in zip(eqn.outvars, divisions, strict=True)]
         ranks = [_rank(v) for v in eqn.invars], [_rank(v) for v in eqn.outvars]

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+from jax.core import Tracer
+from jax.extend.core import primitives as p
 from jax.sharding import AxisType, NamedSharding
 
 from jaxlayout._compat import consts_of, open_jaxpr, rank_of
@@ -88,10 +90,11 @@ def of_results(eqn: Any, labelling: Labelling | None, operands: Sequence[Divisio
         for labels, part in zip(axes, division, strict=True):
             if labels and part:
                 parts.setdefault(labels[0], part)
-    stated = eqn.params.get("out_shardings") or [eqn.params.get("sharding")] * len(eqn.outvars)
+    constrained = eqn.params["sharding"] if eqn.primitive is p.sharding_constraint_p else None
+    stated = eqn.params.get("out_shardings") or [constrained] * len(eqn.outvars)
     found = []
     for i, (var, sharding) in enumerate(zip(eqn.outvars, stated, strict=True)):
-        axes = labelling.results[i] if labelling else whole(rank_of(var))
+        axes = labelling.results[i] if labelling else ((),) * rank_of(var)
         carried = [parts.get(labels[0], ()) if labels else () for labels in axes]
         if isinstance(sharding, NamedSharding):
             free = eqn.params.get("unconstrained_dims", ())
@@ -172,7 +175,8 @@ def spans_processes(shardings: Sequence[Any]) -> bool:
 
 def placement(leaf: Any) -> Any:
     """Where an argument lies, as far as it matters to what is decided: () unless it is divided or spans processes."""
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or leaf.sharding is None:
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not isinstance(leaf, Tracer)
+    if not known or leaf.sharding is None:
         return ()
     division, spans = of_sharding(leaf.sharding, leaf.ndim), spans_processes([leaf.sharding])
     return (division, spans) if spans or any(division) else ()
