@@ -143,14 +143,14 @@ _SHAPE = re.compile(r"\b[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]")
 
 
 def collectives(program: Any) -> dict[str, tuple[int, int]]:
-    """What the devices of a compiled program exchange: for each kind of collective, how many arrays, and how many bits
-    come of it on each device."""
+    """What the devices of a compiled program exchange: for each kind of collective, how many there are (one may take
+    several arrays), and how many bits come of them on each device."""
     found: dict[str, tuple[int, int]] = {}
     for shapes, kind in _COLLECTIVE.findall(program.as_text() or ""):
         arrays = _SHAPE.findall(shapes)
         bits = sum(int(width or 8) * math.prod(map(int, filter(None, sizes.split(",")))) for width, sizes in arrays)
         count, sum_ = found.get(kind, (0, 0))
-        found[kind] = count + len(arrays), sum_ + bits
+        found[kind] = count + 1, sum_ + bits
     return found
 
 
@@ -162,8 +162,7 @@ def more_collectives(before: Any, after: Any) -> str:
     for kind, (count, bits) in new.items():
         had, of = old.get(kind, (0, 0))
         if count > had or bits > of:
-            more, less = f"{count} arrays of {bits // 8} bytes", f"{had} of {of // 8}"
-            return f"its devices exchange {more} by {kind}, those of the original {less}"
+            return f"it has {count} {kind} of {bits // 8} bytes in all, the original {had} of {of // 8}"
     return ""
 
 

@@ -22,6 +22,7 @@ from jaxlayout.costs.measurement import Measurement
 from tests.on_devices import PARAMS, X, Y, close, net, step
 
 ME = -1
+PLAIN = jax.jit(step)
 
 
 def costs(written_ns, measured=None):
@@ -99,7 +100,7 @@ def trained(tuned, args):
     params, expected = args[0], PARAMS
     for _ in range(3):
         params, loss = tuned(params, *args[1:])
-        expected, wanted = jax.jit(step)(expected, X, Y)
+        expected, wanted = PLAIN(expected, X, Y)
         close(loss, wanted)
     close(params, expected)
     same_everywhere(tuned.lower(*args).as_text())
@@ -139,9 +140,9 @@ def main():
     if ME == 1:
         local = auto_layout(step, table=fresh("contrary"))
         local(here[0], here[1][:4], here[2][:4])
-    close(tuned(*here)[1], jax.jit(step)(PARAMS, X, Y)[1])
+    close(tuned(*here)[1], PLAIN(PARAMS, X, Y)[1])
     assert len({*hashes(str(tuned.plan(*here).to_json()["choices"]))}) == 2
-    close(tuned(*args)[1], jax.jit(step)(PARAMS, X, Y)[1])
+    close(tuned(*args)[1], PLAIN(PARAMS, X, Y)[1])
     same_everywhere(tuned.lower(*args).as_text())
     assert tuned.outcome(*args).kept
 
@@ -166,7 +167,7 @@ def main():
     # Where it cannot be seen whether the others take part, nothing is done.
     measuring(failing, failing)
     tuned = auto_layout(lambda *args: step(*args)[1], table=fresh("nested"))
-    wanted = jax.jit(step)(PARAMS, X, Y)[1]
+    wanted = PLAIN(PARAMS, X, Y)[1]
     close(jax.jit(tuned, out_shardings=all_)(*args), wanted)
     if ME == 0:
         close(jax.jit(tuned)(*here), wanted)
