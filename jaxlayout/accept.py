@@ -1,9 +1,10 @@
 """The guards: the rewritten function runs in the original's place only if its numbers agree, its memory is
-within the limit, and it is faster, all seen on the whole compiled functions."""
+within the limit, its devices exchange no more, and it is faster, all seen on the whole compiled functions."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ TIE_DRAWS = 3
 MAX_TOLERANCE = 0.1
 """Where c*eps*sqrt(K) of a whole half-precision network exceeds this share of the rms, it would allow anything: what
 the original itself moves by decides then."""
-CAUSES = ("time", "numbers", "memory", "failure", "untried")
+CAUSES = ("time", "numbers", "memory", "collectives", "failure", "untried")
 MAX_REASON = 4000
 """Longest reason kept, in characters: compiler errors can run to megabytes."""
 
@@ -97,7 +98,7 @@ def accept(
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
-    `args`: None where they must not be run; only memory is compared then.
+    `args`: None where they must not be run; only memory and collectives are compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
     `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
     many times faster it has to be. `relax`: multiplies the error allowed.
@@ -111,6 +112,8 @@ def accept(
         if temps["tuned_temp"] > allowed:
             reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **temps)
+    if reason := more_collectives(before.program, after.program):
+        return Verdict(kept=False, cause="collectives", reason=reason, **temps)
     if args is None:
         return Verdict(kept=True, cause="untried", reason="not run", **temps)
     expected, first = _timed(before, args)
@@ -130,6 +133,37 @@ def accept(
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
     return _race(before, after, args, least, (first, second), temps)
+
+
+_COLLECTIVES = (
+    "all-gather|all-reduce|all-to-all|collective-broadcast|collective-permute|ragged-all-to-all|reduce-scatter"
+)
+_COLLECTIVE = re.compile(rf"= (.*?) ({_COLLECTIVES})(?:-start)?\(")
+_SHAPE = re.compile(r"\b[a-z]+(\d*)[a-z0-9]*\[([\d,]*)\]")
+
+
+def collectives(program: Any) -> dict[str, tuple[int, int]]:
+    """What the devices of a compiled program exchange: for each kind of collective, how many there are (one may take
+    several arrays), and how many bits come of them on each device."""
+    found: dict[str, tuple[int, int]] = {}
+    for shapes, kind in _COLLECTIVE.findall(program.as_text() or ""):
+        arrays = _SHAPE.findall(shapes)
+        bits = sum(int(width or 8) * math.prod(map(int, filter(None, sizes.split(",")))) for width, sizes in arrays)
+        count, sum_ = found.get(kind, (0, 0))
+        found[kind] = count + 1, sum_ + bits
+    return found
+
+
+def more_collectives(before: Any, after: Any) -> str:
+    """What a compiled program exchanges that another does not; '' if nothing."""
+    if all(len(sharding.device_set) == 1 for sharding in jax.tree.leaves(before.output_shardings)):
+        return ""
+    old, new = collectives(before), collectives(after)
+    for kind, (count, bits) in new.items():
+        had, of = old.get(kind, (0, 0))
+        if count > had or bits > of:
+            return f"it has {count} {kind} of {bits // 8} bytes in all, the original {had} of {of // 8}"
+    return ""
 
 
 def _race(

@@ -10,9 +10,11 @@ import functools
 import inspect
 import threading
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, overload
 
 import jax
@@ -24,14 +26,16 @@ from jaxlayout.convs.signature import Context
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.shards import of_arguments, placement, placements, spans_processes
 from jaxlayout.line import cost_model, decide
 from jaxlayout.options import Options
-from jaxlayout.outcome import Outcome
+from jaxlayout.outcome import Outcome, untouched
+from jaxlayout.processes import agreed, all_take_part
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
-from jaxlayout.threads import apart, default_device, device_of, is_real
-from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings
+from jaxlayout.threads import apart, default_device, device_of, is_real, one_device
+from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings, told_shardings
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -104,9 +108,20 @@ class AutoLayout:
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
-            return self._decided(lambda: self._entry(*args, **kwargs))
+            return self._decided(lambda: self._entry_for(args, kwargs)(*args, **kwargs))
         finally:
             self._call.arguments = None
+
+    def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What such a call runs. JAX traces anew for other shapes, not for arrays that lie otherwise among devices."""
+        if one_device():
+            return self._entry
+        key = tuple(map(placement, jax.tree.leaves((args, kwargs))))
+        if not any(key):
+            return self._entry
+        if key not in self._placed:
+            self._placed[key] = self._jitted()
+        return self._placed[key]
 
     def _compile_with(self, options: Mapping[str, str] | None) -> None:
         """Make what calls run, with some compiler options beside those that the user told (None: not decided yet).
@@ -115,10 +130,14 @@ class AutoLayout:
         that would rather do without decides against them for good.
         """
         self._options = options
+        self._entry: Any = self._jitted()
+        self._placed: dict[Any, Any] = {}  # others, by the placements of the arguments
+
+    def _jitted(self) -> Any:
         told = dict(self._told)
-        if options:
-            told["compiler_options"] = {**(told.get("compiler_options") or {}), **options}
-        self._entry: Any = jax.jit(self._body("entry", decides=True), **told)
+        if self._options:
+            told["compiler_options"] = {**(told.get("compiler_options") or {}), **self._options}
+        return jax.jit(self._body("entry", decides=True), **told)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -145,11 +164,24 @@ class AutoLayout:
 
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        return self._decided(lambda: self._entry.trace(*args, **kwargs))
+        with self._calling(args, kwargs, run=False):
+            return self._decided(lambda: self._entry_for(args, kwargs).trace(*args, **kwargs))
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        return self._decided(lambda: self._entry.lower(*args, **kwargs))
+        with self._calling(args, kwargs, run=False):
+            return self._decided(lambda: self._entry_for(args, kwargs).lower(*args, **kwargs))
+
+    @contextmanager
+    def _calling(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None, *, run: bool = True
+    ) -> Iterator[None]:
+        """Lets the body see what it is called with. `run`: whether that is for the judge."""
+        self._call.arguments, self._call.executor, self._call.run = (args, kwargs), executor, run
+        try:
+            yield
+        finally:
+            self._call.arguments, self._call.executor, self._call.run = None, None, True
 
     def _decided(self, run: Callable[[], Any]) -> Any:
         """What `run` gives, once the compiler options are settled."""
@@ -165,7 +197,8 @@ class AutoLayout:
 
     def clear_cache(self) -> None:
         """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
-        self._entry.clear_cache()
+        for entry in (self._entry, *self._placed.values()):
+            entry.clear_cache()
         self._traced.clear_cache()
         self._nested.clear_cache()
 
@@ -180,8 +213,8 @@ class AutoLayout:
     def explain(self, *args: Any, **kwargs: Any) -> Explanation:
         """What was chosen for these arguments and why: a value that a terminal shows as tables and a notebook as HTML,
         with `to_json` and plots."""
-        jaxpr, outcome, arrays = self._looked_at(args, kwargs)
-        return self._explained(jaxpr, outcome, device_of(arrays or ()))
+        jaxpr, outcome, arrays, shardings = self._looked_at(args, kwargs)
+        return self._explained(jaxpr, outcome, device_of(arrays or ()), shardings=shardings)
 
     def _explained(
         self,
@@ -190,6 +223,7 @@ class AutoLayout:
         device: Any = None,
         context: Context = "entry",
         frozen: Sequence[bool] = (),
+        shardings: Sequence[Any] | None = None,
     ) -> Explanation:
         """The explanation of what `_tuned` gave, with the settings it had."""
 
@@ -198,7 +232,8 @@ class AutoLayout:
             options = {**(told or {}), **outcome.plan.compiler_options} or None
             model = cost_model(self.options, default_device(), context, options)
             relaxed = self.options.numerics == "relaxed"
-            return explain(jaxpr, outcome, model, name=self._name, relaxed=relaxed, frozen=frozen)
+            divided = of_arguments(jaxpr, shardings or ())
+            return explain(jaxpr, outcome, model, name=self._name, relaxed=relaxed, frozen=frozen, divided=divided)
 
         return apart(work, device)
 
@@ -208,16 +243,12 @@ class AutoLayout:
 
     def _looked_at(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
-    ) -> tuple[Any, Outcome, Sequence[Any] | None]:
+    ) -> tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
-        that, and the arguments where they are real."""
-        seen: list[tuple[Any, Outcome, Sequence[Any] | None]] = []
-        self._call.arguments, self._call.executor = (args, kwargs), executor
-        try:
-            with jax.disable_jit(False):
-                jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
-        finally:
-            self._call.arguments = self._call.executor = None
+        that, the arguments where they are real, and their shardings."""
+        seen: list[tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]] = []
+        with self._calling(args, kwargs, executor), jax.disable_jit(False):
+            jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
         return seen[0]
 
     def _body(
@@ -238,17 +269,21 @@ class AutoLayout:
             flat, out_trees = flat_function(lambda given: fun(*given[0], **given[1]), leaves, tree, places)
             arrays = [leaves[i] for i in places]
             jaxpr = jax.make_jaxpr(flat)(*arrays)
-            concrete = self._concrete(tree, places) if context == "entry" else None
+            given = self._given(tree, places) if context == "entry" else None
+            shardings = None if given is None else placements(given, told_shardings(fun, self._told, args, kwargs))
+            real = given is not None and getattr(self._call, "run", True) and all(map(is_real, given))
+            concrete = given if real else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
                 outer = consts_of(jaxpr)
-                jaxpr, arrays, concrete = consts_as_arguments(jaxpr, arrays), [*outer, *arrays], None
+                jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
+                concrete = shardings = None
             choose = (decides or seen is not None) and self._options != {}
-            outcome = self._tuned(jaxpr, concrete, context, choose_options=choose)
+            outcome = self._tuned(jaxpr, concrete, shardings, context, choose_options=choose)
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
-                seen((jaxpr, outcome, concrete))
+                seen((jaxpr, outcome, concrete, shardings))
             picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
 
@@ -259,34 +294,42 @@ class AutoLayout:
         left = self.options.policy != "auto" and outcome.source == "none"
         return None if left else self._picker
 
-    def _concrete(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
-        """The leaves at some places of the arguments of the call under way, where they are all real (they are not
-        under grad, vmap or lower)."""
+    def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
+        """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are
+        traced (under grad and vmap)."""
         call = getattr(self._call, "arguments", None)
         leaves, found_tree = jax.tree.flatten(call)
         if call is None or found_tree != tree:
             return None
         found = [leaves[i] for i in places]
-        return found if all(map(is_real, found)) else None
+        return None if any(isinstance(x, Tracer) for x in found) else found
 
     def _tuned(
         self,
         jaxpr: Any,
         args: Sequence[Any] | None,
+        shardings: Sequence[Any] | None,
         context: Context,
         frozen: Sequence[bool] = (),
         written: Any = None,
         choose_options: bool = False,
     ) -> Outcome:
-        """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along."""
+        """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along.
+        `shardings`: of the arguments; None where these are traced."""
         executor = getattr(self._call, "executor", None)
+        decided_alike = self.options.policy != "auto" or self.pinned is not None
+        spans = shardings is not None and spans_processes(shardings)
+        if jax.process_count() > 1 and not decided_alike:
+            if shardings is None:
+                return untouched("it is traced where the other processes may not be: decorate the outermost function")
+            if spans and not all_take_part(shardings):
+                return untouched("it spans some of the processes, not all")
 
-        def work(stop: threading.Event) -> Outcome:
-            arrays = args and [_array(x, v.aval) for x, v in zip(args, open_jaxpr(jaxpr).invars, strict=True)]
+        def decided(stop: threading.Event) -> Outcome:
             with progress_bar(self._name) as progress:
                 return decide(
                     jaxpr,
-                    arrays,
+                    None if args is None or spans else _arrays(jaxpr, args, shardings),
                     self.options,
                     context=context,
                     compiler_options=self._told.get("compiler_options") if context == "entry" else None,
@@ -294,6 +337,7 @@ class AutoLayout:
                     pinned=self.pinned,
                     frozen=frozen,
                     written=written,
+                    shardings=shardings or (),
                     executor=executor,
                     progress=progress,
                     stop=stop,
@@ -302,6 +346,7 @@ class AutoLayout:
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
         with self._tuning:
+            work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
             try:
                 return apart(work, device_of(args or ()))
             except KeyboardInterrupt:
@@ -332,6 +377,12 @@ class _CompileWith(Exception):
         self.options = options
 
 
-def _array(leaf: Any, aval: Any) -> Any:
-    """An argument as jit makes an array of it."""
-    return leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
+def _arrays(jaxpr: Any, args: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
+    """A closed jaxpr's arguments as jit makes arrays of them."""
+
+    def array(leaf: Any, aval: Any, sharding: Any) -> Any:
+        made = leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
+        return made if sharding in (None, made.sharding) else jax.device_put(made, sharding)
+
+    places = shardings or [None] * len(args)
+    return [array(x, v.aval, s) for x, v, s in zip(args, open_jaxpr(jaxpr).invars, places, strict=True)]

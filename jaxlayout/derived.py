@@ -14,6 +14,7 @@ import jax
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import tuned_conv
 from jaxlayout.convs.signature import written_order
+from jaxlayout.graph.rules import is_placed
 from jaxlayout.line import TableMiss, choose
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
@@ -34,9 +35,13 @@ class Measured:
     ) -> Candidate:
         """The best candidate; the convolution as written where there is nothing to go by."""
         written = Candidate(lowering, written_order(params))
+        # Of several processes, each would choose by itself, and nobody knows which of them are here.
+        alone = self.options.policy != "auto" or jax.process_count() == 1
         symbolic = not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
-        if symbolic or params.get("out_sharding") is not None or tuple(platforms) != (jax.default_backend(),):
+        elsewhere = tuple(platforms) != (jax.default_backend(),)
+        if not alone or symbolic or elsewhere or is_placed(params):
             return written
+        params = dict(params) | {name: None for name in ("out_sharding",) if name in params}  # a mesh, and nothing else
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)]
 
         def work(stop: Any) -> Candidate:

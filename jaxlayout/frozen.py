@@ -16,6 +16,7 @@ from jax.core import Tracer
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, unspecified_sharding
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.shards import placement, placements, spans_processes
 from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold
@@ -129,7 +130,10 @@ class Frozen:
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
         whole = nested or any(isinstance(leaf, Tracer) for leaf in rest)
-        kinds = [(type(leaf), leaf) if fixed else jax.typeof(leaf) for leaf, fixed in zip(leaves, static, strict=True)]
+        kinds = [
+            (type(leaf), leaf) if fixed else (jax.typeof(leaf), placement(leaf))
+            for leaf, fixed in zip(leaves, static, strict=True)
+        ]
         settings = [getattr(config, name) for name in _TRACED_UNDER]
         key = (tree, nested, whole, *settings, *kinds)
         if key not in self._prepared:
@@ -163,15 +167,18 @@ class Frozen:
                 return None
             jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
             frozen = [True] * len(outer) + frozen
-        concrete = arrays if context == "entry" and all(map(is_real, arrays)) else None
-        judged = self._layout.options.policy == "auto"  # folding rounds kernels anew: only where numbers are compared
+        traced = context == "nested" or any(isinstance(x, Tracer) for x in arrays)
+        shardings = None if traced else placements(arrays, ())
+        concrete = arrays if not traced and all(map(is_real, arrays)) else None
+        # Folding rounds kernels anew: only where numbers are compared.
+        judged = self._layout.options.policy == "auto" and not spans_processes(shardings or ())
         program = fold(jaxpr, frozen, arrays) if judged else jaxpr
         choose = context == "entry" and not whole
         written = None if program is jaxpr else jaxpr
-        outcome = self._layout._tuned(program, concrete, context, frozen, written, choose)
+        outcome = self._layout._tuned(program, concrete, shardings, context, frozen, written, choose)
         if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
             program = jaxpr
-            outcome = self._layout._tuned(program, concrete, context, frozen, None, choose)
+            outcome = self._layout._tuned(program, concrete, shardings, context, frozen, None, choose)
 
         picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
@@ -192,7 +199,8 @@ class Frozen:
         donated = self._marked("donate", args, kwargs, self._count)
         moving = (gone for gone, fixed in zip(donated, static[len(own_static) :], strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
-        explanation = partial(self._layout._explained, program, outcome, device_of(concrete or ()), context, frozen)
+        seen = device_of(concrete or ()), context, frozen, shardings
+        explanation = partial(self._layout._explained, program, outcome, *seen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
             return _Prepared(run=run, kept=workers.submit(prepare).result(), outcome=outcome, explanation=explanation)
 

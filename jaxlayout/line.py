@@ -38,6 +38,7 @@ from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules.base import Body, bodies_of, rule_names
+from jaxlayout.graph.shards import of_arguments, spans_processes
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
@@ -110,6 +111,7 @@ def decide(
     pinned: Plan | None = None,
     frozen: Sequence[bool] = (),
     written: Any = None,
+    shardings: Sequence[Any] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
@@ -118,8 +120,10 @@ def decide(
 
     `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
     if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
-    it against, where it is not the jaxpr itself. `executor`: has measurements done elsewhere. `args`: flat arguments to
-    judge it on, or None: made-up ones. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
+    it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
+    `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
+    A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
+    elsewhere. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
     whatever else goes wrong leaves the program as it is, with the reason. Under the policy 'channels_last' nothing is
     measured, judged, or asked of the table; 'off' wins over a pinned plan.
     """
@@ -139,7 +143,9 @@ def decide(
         if options.policy == "channels_last":
             return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
         told = compiler_options, choose_options
-        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, executor, progress, stop))
+        if args is not None:
+            shardings = [getattr(x, "sharding", None) for x in args]
+        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, shardings, executor, progress, stop))
         if (stored := line.stored()) is not None:
             return stored
         outcome = line.run()
@@ -162,7 +168,7 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     asked to."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
-    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, None, progress, stop))
+    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, (), None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
     return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
@@ -194,6 +200,7 @@ class _Task:
     choose_options: bool
     frozen: Sequence[bool]
     written: Any
+    shardings: Sequence[Any]
     executor: Executor | None
     progress: Progress
     stop: threading.Event
@@ -214,12 +221,14 @@ class _Line:
         """Whether all convolutions have been measured."""
         self.device = default_device()
         self.table = open_table(self.options.table)
-        self.key: ProgramKey = program_key(self.jaxpr, self.frozen)
+        self.divided = of_arguments(self.jaxpr, task.shardings)
+        self.spans = spans_processes(task.shardings)
+        self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
-        choices |= {"options": OPTION_SETS if task.choose_options else ""}
+        choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if self.spans else {})
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
 
@@ -283,7 +292,8 @@ class _Line:
             ways = self.model.candidates(conv, written, relaxed=self.options.numerics == "relaxed")
             return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
-        return build_graph(self.jaxpr, enumerate_candidates, self.context, _still(self.jaxpr, self.frozen))
+        still = _still(self.jaxpr, self.frozen)
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, still, self.divided)
 
     def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
@@ -418,6 +428,8 @@ class _Line:
         """Rewritten against original, as whole functions. `least`: how many times faster it has to be."""
         if plan.trivial and not self.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
+        if self.spans:  # to compile it may need the others, too
+            return self.untried(plan, self.not_to_be_run)
         self.progress.stage("judging")
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
@@ -462,6 +474,8 @@ class _Line:
         """Why the function must not be run on trial, if so."""
         if has_effects(self.jaxpr):
             return "it has side effects"
+        if self.spans:
+            return "it spans several processes"
         if self.args is None and needs_real_arguments(self.jaxpr):
             return "made-up arguments could stop it from ending, or upset a callback"
         return ""
@@ -481,8 +495,11 @@ class _Line:
     @property
     def shapes(self) -> Sequence[Any]:
         """The arguments as far as compiling needs them."""
+        if self.args is not None:
+            return self.args
         avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
-        return [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in avals] if self.args is None else self.args
+        places = self.task.shardings or [None] * len(avals)
+        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(avals, places, strict=True)]
 
     @cached_property
     def original(self) -> Compiled:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,18 @@ class ProgramKey:
     """The sizes of all arguments' axes."""
 
 
-def program_key(jaxpr: Any, frozen: Sequence[bool] = ()) -> ProgramKey:
-    """The key of a closed jaxpr, some of whose arguments may be frozen."""
+def program_key(
+    jaxpr: Any, frozen: Sequence[bool] = (), divided: Mapping[Any, Any] = MappingProxyType({})
+) -> ProgramKey:
+    """The key of a closed jaxpr, some of whose arguments may be frozen, or divided among devices (see `shards`)."""
     marks = b"".join(b"01"[held : held + 1] for held in frozen)
+    inner = open_jaxpr(jaxpr)
+    parts = [divided.get(var, ()) for var in (*inner.constvars, *inner.invars)]
+    marks += plain(parts).encode() if any(map(any, parts)) else b""
     full, bare = hashlib.sha256(marks), hashlib.sha256(marks)
     for exact, rough in _tokens(jaxpr):
         full.update(exact.encode() + b"\0")
         bare.update(rough.encode() + b"\0")
-    inner = open_jaxpr(jaxpr)
     sizes = tuple(int(s) for v in inner.invars for s in getattr(v.aval, "shape", ()) if isinstance(s, int))
     return ProgramKey(full.hexdigest()[:32], bare.hexdigest()[:32], sizes)
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import jax
@@ -72,6 +73,12 @@ def apart(work: Callable[[threading.Event], Any], device: Any = None) -> Any:
         except KeyboardInterrupt:
             stop.set()
             raise
+
+
+@cache
+def one_device() -> bool:
+    """Whether there is no other device that an array might be on, or have pieces on."""
+    return jax.device_count() == 1
 
 
 def is_real(arg: Any) -> bool:

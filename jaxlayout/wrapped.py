@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format
 
-from jaxlayout._compat import jit_info
+from jaxlayout._compat import jit_info, unspecified_sharding
 
 
 def flat_function(
@@ -25,6 +26,21 @@ def flat_function(
         return outs
 
     return flat, out_trees
+
+
+def told_shardings(
+    fun: Callable[..., Any], told: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Sequence[Any]:
+    """Where `jax.jit` of a function with keywords `told` puts the leaves of its arguments that are not static, as it
+    says itself: None for what it leaves where it is. Empty where it was told nothing. Inside a trace only."""
+    free = unspecified_sharding()
+    if all(sharding is free for sharding in jax.tree.leaves(told.get("in_shardings", free))):
+        return ()
+    names = ("in_shardings", "static_argnums", "static_argnames")
+    nothing = functools.wraps(fun, updated=())(lambda *args, **kwargs: ())
+    probe = jax.jit(nothing, **{name: told[name] for name in names if name in told})
+    (eqn,) = jax.make_jaxpr(lambda: probe(*args, **kwargs))().eqns
+    return [None if sharding is free else sharding for sharding in eqn.params["in_shardings"]]
 
 
 def is_jitted(fun: Any) -> bool:

@@ -39,6 +39,8 @@ class Lowering(ABC):
     """Whether `prepare` takes the kernel in any order, at no cost that matters: then it stays as it is written."""
     rereads: ClassVar[bool] = False
     """Whether it reads lhs several times in what XLA may fuse with what computes lhs."""
+    in_turn: ClassVar[bool] = False
+    """Whether it takes images one after the other, so that each device would need those of all others."""
     relaxed: ClassVar[bool] = False
     """Whether it may be less accurate than XLA's own convolution, or spread a NaN farther: offered only under
     `numerics='relaxed'`."""
@@ -197,6 +199,11 @@ def is_relaxed(name: str) -> bool:
 def rereads(name: str) -> bool:
     """Whether a lowering, or one inside it, reads lhs several times."""
     return any(lowering_named(part).rereads for part in name.split("/"))
+
+
+def in_turn(name: str) -> bool:
+    """Whether a lowering, or one inside it, takes images one after the other."""
+    return any(lowering_named(part).in_turn for part in name.split("/"))
 
 
 def versioned(name: str) -> str:

@@ -9,17 +9,32 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from jax.extend.core import Literal as LiteralAtom
 
 from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import in_turn, lowering_named
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
-from jaxlayout.graph.rules import Body, Orders, Port, RegionRule, Rule, bodies_of, follow, rule_for
+from jaxlayout.graph import shards
+from jaxlayout.graph.rules import (
+    Body,
+    Labelling,
+    Orders,
+    Port,
+    RegionRule,
+    Rule,
+    bodies_of,
+    follow,
+    is_placed,
+    rule_for,
+)
+from jaxlayout.graph.shards import Division
 from jaxlayout.layout import Order, identity
 from jaxlayout.program import plain
 
@@ -47,7 +62,7 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class Value:
-    """What flows along an edge; `shape` is logical."""
+    """What flows along an edge; `shape` is logical, and that of one device's piece where it is divided."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -82,6 +97,7 @@ class Node:
     results: tuple[int, ...]
     modes: tuple[Mode, ...]
     conv: ConvSignature | None = None
+    """What one device computes of it."""
     name: str = ""
     """The primitive's name."""
     moved: Order | None = None
@@ -126,12 +142,14 @@ def build_graph(
     enumerate_candidates: Enumerate,
     context: Context = "entry",
     still: Collection[Any] = (),
+    divided: Mapping[Any, Division] = MappingProxyType({}),
 ) -> LayoutGraph:
     """The graph of a closed jaxpr. `enumerate_candidates(signature, as written)` gives the ways to compute a
-    convolution, the written one first. `still`: the variables of the jaxpr that are computed once."""
-    builder = _Builder(enumerate_candidates)
+    convolution, the written one first. `still`: the variables of the jaxpr that are computed once. `divided`: how its
+    arguments and constants are among devices."""
+    builder = _Builder(enumerate_candidates, divided)
     outer, place = open_jaxpr(jaxpr), _Place((), context, 1.0)
-    env = {var: builder.produced(var.aval, place, "input") for var in outer.invars}
+    env = {var: builder.produced(var.aval, place, "input", divided.get(var)) for var in outer.invars}
     for value, rank in builder.region(jaxpr, env, place):
         builder.add(place, "output", [value], [], _only([rank], []))
     return replace(builder.finish(), still=frozenset(env[var][0] for var in still if var in env))
@@ -187,13 +205,16 @@ def _through(port: Port) -> Callable[[int, Order], Mode | None]:
 
 
 class _Builder:
-    def __init__(self, enumerate_candidates: Enumerate):
-        self.enumerate = enumerate_candidates
+    def __init__(self, enumerate_candidates: Enumerate, divided: Mapping[Any, Division]):
+        self.enumerate, self.divided = enumerate_candidates, divided
         self.values: list[Value] = []
+        self.divisions: list[Division] = []
         self.drafts: list[_Draft] = []
 
-    def value(self, aval: Any, place: _Place) -> int:
-        self.values.append(Value(tuple(aval.shape), aval.dtype, place.times))
+    def value(self, aval: Any, place: _Place, division: Division | None = None) -> int:
+        division = division or shards.of_type(aval) or shards.whole(len(aval.shape))
+        self.values.append(Value(shards.local(aval.shape, division), aval.dtype, place.times))
+        self.divisions.append(division)
         return len(self.values) - 1
 
     def add(
@@ -209,12 +230,12 @@ class _Builder:
         node = Node(place.path, kind, tuple(operands), tuple(results), (), times=place.times, **more)
         self.drafts.append(_Draft(node, dict.fromkeys(modes), extend))
 
-    def produced(self, aval: Any, place: _Place, kind: Any) -> tuple[int, int]:
+    def produced(self, aval: Any, place: _Place, kind: Any, division: Division | None = None) -> tuple[int, int]:
         """A value that arrives in the user's order: its index and rank."""
         rank = len(getattr(aval, "shape", ()))
         if not hasattr(aval, "shape"):  # tokens
             return -1, 0
-        value = self.value(aval, place)
+        value = self.value(aval, place, division)
         self.add(place, kind, [], [value], _only([], [rank]))
         return value, rank
 
@@ -222,7 +243,7 @@ class _Builder:
         """Add the nodes of one jaxpr; `env` holds its arguments. Gives its results."""
         inner = open_jaxpr(jaxpr)
         for var in inner.constvars:
-            env[var] = self.produced(var.aval, place, "input")
+            env[var] = self.produced(var.aval, place, "input", self.divided.get(var))
 
         def read(atom: Any) -> tuple[int, int]:
             return self.produced(atom.aval, place, "input") if isinstance(atom, LiteralAtom) else env[atom]
@@ -238,12 +259,14 @@ class _Builder:
             return [self.produced(v.aval, place, "barrier") for v in eqn.outvars]
         if isinstance(rule, RegionRule) and (bodies := bodies_of(eqn)) is not None:
             return self.call(eqn, rule, bodies, operands, place)
-        results = [self.value(v.aval, place) for v in eqn.outvars]
+        if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and not is_placed(eqn.params):
+            return self.site(eqn, operands, place)
+        labelling = rule.axes(eqn) if isinstance(rule, Rule) and static_shapes(eqn) else None
+        divisions = shards.of_results(eqn, labelling, [self.divisions[i] for i in operands])
+        results = [self.value(v.aval, place, d) for v, d in zip(eqn.outvars, divisions, strict=True)]
         ranks = [_rank(v) for v in eqn.invars], [_rank(v) for v in eqn.outvars]
         name = str(eqn.primitive)
-        if eqn.primitive in CONVOLUTIONS and static_shapes(eqn) and eqn.params.get("out_sharding") is None:
-            self.site(eqn, operands, results, place)
-        elif isinstance(rule, Rule) and static_shapes(eqn) and (labelling := rule.axes(eqn)) is not None:
+        if isinstance(rule, Rule) and labelling is not None:
 
             def extend(slot: int, order: Order) -> Mode | None:
                 orders = follow(labelling, slot, order)
@@ -251,15 +274,22 @@ class _Builder:
 
             (written,), free = _only(*ranks), extend(0, identity(ranks[0][0])) if rule.moves else None
             modes = (written,) if free is None else (written, free)
-            moved, work = free and free.results[0], self.work(eqn, rule, place.context)
+            moved = free and free.results[0]
+            work = self.work(eqn, rule, labelling, [self.divisions[i] for i in (*operands, *results)], place.context)
             self.add(place, "equation", operands, results, modes, extend, name=name, moved=moved, work=work)
         else:
             self.add(place, "barrier", operands, results, _only(*ranks), name=name)
         return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
 
-    def work(self, eqn: Any, rule: Rule, context: Context) -> Work | None:
-        values = [Value(tuple(v.aval.shape), v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)]
-        if not rule.sensitive or sum(value.nbytes for value in values) < SMALL:
+    def work(
+        self, eqn: Any, rule: Rule, labelling: Labelling, divisions: Sequence[Division], context: Context
+    ) -> Work | None:
+        if not rule.sensitive:
+            return None
+        avals = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+        local = shards.agreed(labelling, divisions, [aval.shape for aval in avals])
+        values = [Value(shape, aval.dtype) for shape, aval in zip(local, avals, strict=True)]
+        if sum(value.nbytes for value in values) < SMALL:
             return None
         shapes = " ".join(f"{value.dtype}{list(value.shape)}" for value in values)
 
@@ -275,12 +305,26 @@ class _Builder:
         """An equation that runs jaxprs: their nodes, and one for each port."""
         places = [place.within(b, body) for b, body in enumerate(bodies)]
         invars = [open_jaxpr(body.jaxpr).invars for body in bodies]
-        given = [[self.value(v.aval, within) for v in vars_] for vars_, within in zip(invars, places, strict=True)]
+        entering = {
+            place: shards.entering(eqn, port, self.divisions[operands[port.operands[0]]])
+            for port in rule.ports(eqn)
+            for place in port.invars
+        }
+        given = [
+            [self.value(v.aval, within, entering.get((b, i))) for i, v in enumerate(vars_)]
+            for b, (vars_, within) in enumerate(zip(invars, places, strict=True))
+        ]
         left = []
         for body, vars_, values, within in zip(bodies, invars, given, places, strict=True):
             env = {var: (value, _rank(var)) for var, value in zip(vars_, values, strict=True)}
             left.append(self.region(body.jaxpr, env, within))
-        results = [self.value(v.aval, place) for v in eqn.outvars]
+        leaving = {
+            i: shards.leaving(eqn, port, self.divisions[left[b][at][0]])
+            for port in rule.ports(eqn)
+            for b, at in port.outvars[:1]
+            for i in port.results
+        }
+        results = [self.value(v.aval, place, leaving.get(i)) for i, v in enumerate(eqn.outvars)]
         for port in rule.ports(eqn):
             taken = [*(operands[i] for i in port.operands), *(left[b][i][0] for b, i in port.outvars)]
             made = [*(given[b][i] for b, i in port.invars), *(results[i] for i in port.results)]
@@ -290,19 +334,30 @@ class _Builder:
             self.add(place, "port", taken, made, (written,), extend, name=str(eqn.primitive), port=port)
         return [(value, _rank(v)) for value, v in zip(results, eqn.outvars, strict=True)]
 
-    def site(self, eqn: Any, operands: list[int], results: list[int], place: _Place) -> None:
+    def site(self, eqn: Any, operands: list[int], place: _Place) -> list[tuple[int, int]]:
         lhs, rhs = (v.aval for v in eqn.invars)
-        conv = ConvSignature.of(lhs, rhs, eqn.params, place.context)
+        full = ConvSignature.of(lhs, rhs, eqn.params, place.context)
+        conv, division = shards.of_convolution(full, eqn.params, *(self.divisions[i] for i in operands))
+        (out,) = eqn.outvars
+        results = [self.value(out.aval, place, shards.of_type(out.aval) or division)]
         written = written_order(eqn.params)
+
+        def runs(way: Candidate) -> bool:  # the program holds the whole convolution, whatever a device has of it
+            native = way.lowering == "xla" or lowering_named(way.lowering).native(full, way.dims)
+            return native and not in_turn(way.lowering)
+
+        ways = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
         modes = [
             Mode(
                 (c.dims.lhs.permutation_from(written.lhs), c.dims.rhs.permutation_from(written.rhs)),
                 (c.dims.out.permutation_from(written.out),),
                 c,
             )
-            for c in self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
+            for i, c in enumerate(ways)
+            if i == 0 or conv == full or runs(c)
         ]
         self.add(place, "site", operands, results, modes, conv=conv, name=str(eqn.primitive))
+        return [(results[0], _rank(out))]
 
     def finish(self) -> LayoutGraph:
         """Let the orders of the sites flow through the graph until nothing new is found."""

@@ -19,8 +19,8 @@ FORMAT = 3
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """One transpose in the rewritten program: a value of logical `shape` from one order to another. The user's
-    own transposes that stay are among them."""
+    """One transpose in the rewritten program: a value of logical `shape` (on one device) from one order to another. The
+    user's own transposes that stay are among them."""
 
     shape: tuple[int, ...]
     dtype: str

@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jax.extend import source_info_util
@@ -16,6 +17,7 @@ from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import Enumerate, LayoutGraph, Mode, Node, Path, build_graph
 from jaxlayout.graph.fit import located
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.shards import Division
 from jaxlayout.graph.solve import wiring
 from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.outcome import Outcome
@@ -37,15 +39,17 @@ def explain(
     name: str = "function",
     relaxed: bool = False,
     frozen: Sequence[bool] = (),
+    divided: Mapping[Any, Division] = MappingProxyType({}),
 ) -> Explanation:
     """The explanation of what came of a closed jaxpr. `model`: the costs it was planned by. `relaxed`: whether relaxed
-    candidates were allowed. `frozen`: which arguments are, if any."""
+    candidates were allowed. `frozen`: which arguments are, if any. `divided`: how they are among devices; all shapes
+    are those of one device's pieces."""
 
     def offered(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
         return model.candidates(conv, written, relaxed=relaxed)
 
     still = still_values(jaxpr, frozen) if any(frozen) else ()
-    graph = build_graph(jaxpr, offered, model.context, still)
+    graph = build_graph(jaxpr, offered, model.context, still, divided)
     return _Gathered(jaxpr, graph, outcome.plan, model, offered).explanation(name, outcome)
 
 
@@ -86,9 +90,9 @@ class _Gathered:
             caller=caller,
             scope=str(eqn.source_info.name_stack),
             kind=kind_of(conv, derived=is_derived(eqn)),
-            lhs=tuple(eqn.invars[0].aval.shape),
-            rhs=tuple(eqn.invars[1].aval.shape),
-            out=tuple(eqn.outvars[0].aval.shape),
+            lhs=self.graph.values[node.operands[0]].shape,
+            rhs=self.graph.values[node.operands[1]].shape,
+            out=self.graph.values[node.results[0]].shape,
             dtype=str(conv.lhs_dtype) if conv.out_dtype == conv.lhs_dtype else f"{conv.lhs_dtype} to {conv.out_dtype}",
             signature=conv.key,
             times=node.times,
@@ -146,7 +150,7 @@ class _Gathered:
             found.append(
                 Transpose(
                     line=self.near(node.path),
-                    shape=tuple(eqn.invars[0].aval.shape),
+                    shape=self.graph.values[node.operands[0]].shape,
                     permutation=tuple(eqn.params.get("permutation", node.moved)),
                     absorbed=mode != node.modes[0],
                     times=described.times,

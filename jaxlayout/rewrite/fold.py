@@ -23,7 +23,7 @@ from jax.extend.core import primitives as p
 from jaxlayout._compat import bind_equation, eval_equations, open_jaxpr
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import static_shapes
-from jaxlayout.graph.rules import Rule, rule_for
+from jaxlayout.graph.rules import Rule, is_placed, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
 from jaxlayout.rewrite.still import still_values
 
@@ -160,7 +160,7 @@ def _chains(jaxpr: Any, frozen: Sequence[bool]) -> list[list[Any]]:
 
 
 def _may_start(eqn: Any, still: frozenset[Any]) -> bool:
-    if eqn.primitive not in CONVOLUTIONS or not static_shapes(eqn) or eqn.params.get("out_sharding") is not None:
+    if eqn.primitive not in CONVOLUTIONS or not static_shapes(eqn) or is_placed(eqn.params):
         return False
     lhs, kernel = eqn.invars
     dtype = eqn.outvars[0].aval.dtype

@@ -37,6 +37,7 @@ class Rows(Lowering):
     name = "rows"
     version = 2
     rereads = True
+    in_turn = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         fits = conv.batch_groups > 1 and conv.rank > 0 and all(d == 1 for d in conv.lhs_dilation)

@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from jax.extend.core import Primitive
+from jax.sharding import AxisType, NamedSharding
 
 from jaxlayout._compat import bind_equation, open_jaxpr
 from jaxlayout.layout import Order
@@ -173,6 +174,14 @@ def bodies_of(eqn: Any) -> tuple[Body, ...] | None:
 def rule_names() -> tuple[str, ...]:
     """The primitives with a rule, for fingerprints."""
     return tuple(sorted(str(primitive) for primitive in _table))
+
+
+def is_placed(params: Mapping[str, Any]) -> bool:
+    """Whether an equation says where its result is to lie among devices, for the order written. Autodiff names the mesh
+    in every transposed one, which says nothing where the mesh has no explicit axes."""
+    said = (params.get(name) for name in ("sharding", "out_sharding"))
+    free = (s is None or (isinstance(s, NamedSharding) and AxisType.Explicit not in s.mesh.axis_types) for s in said)
+    return not all(free)
 
 
 def same_axes(eqn: Any) -> Labelling:

@@ -2,7 +2,7 @@
 
 from jax.extend.core import primitives as p
 
-from jaxlayout.graph.rules.base import Labelling, Rule, register_rule, same_axes
+from jaxlayout.graph.rules.base import Labelling, Rule, is_placed, register_rule, same_axes
 
 _NAMES = """
 abs acos acosh add add_jaxvals and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
@@ -15,7 +15,7 @@ sqrt square stop_gradient sub tan tanh xor zeta
 
 
 def _axes(eqn) -> Labelling | None:
-    if any(eqn.params.get(name) is not None for name in ("sharding", "out_sharding")):
+    if is_placed(eqn.params):
         return None
     rank = len(eqn.outvars[0].aval.shape)
     if any(len(v.aval.shape) not in (0, rank) for v in (*eqn.invars, *eqn.outvars)):

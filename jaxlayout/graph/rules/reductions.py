@@ -4,13 +4,13 @@ from dataclasses import replace
 
 from jax.extend.core import primitives as p
 
-from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, positions, register_rule, same_axes
+from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, is_placed, positions, register_rule, same_axes
 from jaxlayout.layout.order import permuted
 
 
 def _reduced(eqn) -> Labelling | None:
     """Arrays of one shape, then scalars (the initial values of the general `reduce`)."""
-    if eqn.params.get("out_sharding") is not None:
+    if is_placed(eqn.params):
         return None
     gone = eqn.params["dimensions"] if "dimensions" in eqn.params else eqn.params["axes"]
 

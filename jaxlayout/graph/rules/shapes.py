@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import primitives as p
 
 from jaxlayout._compat import bind_equation
-from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, positions, register_rule, same_axes
+from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, is_placed, positions, register_rule, same_axes
 from jaxlayout.layout.order import permuted
 
 
@@ -29,7 +29,7 @@ register_rule(p.transpose_p, Rule(_transposed, bind=lambda eqn, operands, orders
 
 
 def _broadcast(eqn) -> Labelling | None:
-    if eqn.params["sharding"] is not None or len(eqn.invars) != 1:
+    if is_placed(eqn.params) or len(eqn.invars) != 1:
         return None
     return Labelling((_labels(eqn.params["broadcast_dimensions"]),), (_all_axes(eqn.outvars[0]),))
 
@@ -46,7 +46,7 @@ register_rule(p.broadcast_in_dim_p, Rule(_broadcast, _broadcast_params))
 
 
 def _iota(eqn) -> Labelling | None:
-    if eqn.params["sharding"] is not None or eqn.invars:
+    if is_placed(eqn.params) or eqn.invars:
         return None
     return Labelling((), (_all_axes(eqn.outvars[0]),))
 
@@ -74,7 +74,7 @@ register_rule(
 
 def _reshaped(eqn) -> Labelling | None:
     """Split both shapes into the shortest runs of equal product; within a run, one side must be one axis."""
-    if eqn.params["dimensions"] is not None or eqn.params["sharding"] is not None or len(eqn.invars) != 1:
+    if eqn.params["dimensions"] is not None or is_placed(eqn.params) or len(eqn.invars) != 1:
         return None
     old, new = eqn.invars[0].aval.shape, eqn.params["new_sizes"]
     if not all(isinstance(size, int) for size in (*old, *new)) or 0 in old:
@@ -155,7 +155,7 @@ register_rule(p.dynamic_update_slice_p, Rule(_static_slice, bind=_dynamic_update
 
 
 def _dot(eqn) -> Labelling | None:
-    if eqn.params.get("out_sharding") is not None:
+    if is_placed(eqn.params):
         return None
     (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     lhs_rank, rhs_rank = (len(v.aval.shape) for v in eqn.invars)

@@ -1,0 +1,189 @@
+"""Run by test_shards in a process of its own: networks on arrays that four devices share."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxlayout import auto_layout, line
+from jaxlayout.accept import collectives, more_collectives
+from jaxlayout.costs.measurement import Measurement
+from jaxlayout.graph import build
+
+KEYS: set[str] = set()
+FAVOURITES: tuple[str, ...] = ("xla",)
+
+
+def measure(jobs, **_):
+    """Costs under which all convolutions change, to the first favourite that there is."""
+    for job in jobs:
+        KEYS.add(job.key)
+        written, *others = job.alternatives
+        names = {name: re.sub(r"@\d+", "", name.partition(":")[0]) for name in others}
+        ns = {name: 1e3 * (1 + FAVOURITES.index(way)) if way in FAVOURITES else 1e5 for name, way in names.items()}
+        yield (
+            job,
+            {
+                name: Measurement(
+                    status="ok", median_ns=ns.get(name, 1e9 if others else 1.0), spread_ns=0.0, runs=9, error=0.0,
+                    temp_bytes=0, program="made up",
+                )
+                for name in (written, *others)
+            },
+        )  # fmt: skip
+
+
+def conv(x, k, stride=1, groups=1):
+    steps = (stride,) * (x.ndim - 2)
+    return lax.conv_general_dilated(x, k, steps, "SAME", feature_group_count=groups)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape).astype("f")
+
+
+def net(params, x):
+    x = jax.nn.relu(conv(x, params["stem"], 2))
+    x = jax.nn.silu(conv(x, params["depthwise"], groups=8))
+    mean, spread = x.mean((0, 2, 3), keepdims=True), x.var((0, 2, 3), keepdims=True)
+    x = (x - mean) * lax.rsqrt(spread + 1e-3) * params["scale"][:, None, None]
+    x = x + conv(jax.nn.relu(conv(x, params["one"])), params["back"])
+    x = lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+    return x.mean((2, 3)) @ params["out"]
+
+
+def step(params, x, y):
+    def loss(params):
+        return jnp.mean(jnp.square(net(params, x) - y))
+
+    value, grads = jax.value_and_grad(loss)(params)
+    return jax.tree.map(lambda p, g: p - 0.002 * g, params, grads), value
+
+
+PARAMS = {
+    "stem": normal(0, 8, 3, 3, 3) / 5,
+    "depthwise": normal(1, 8, 1, 3, 3) / 3,
+    "scale": normal(2, 8),
+    "one": normal(3, 16, 8, 1, 1) / 3,
+    "back": normal(4, 8, 16, 3, 3) / 12,
+    "out": normal(5, 8, 4),
+}
+X, Y = normal(6, 16, 3, 16, 16), normal(7, 16, 4)
+OPTIONS = {"verdict": False, "memory_limit": 1000.0, "numerics": "relaxed"}
+
+
+def close(found, expected):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def sizes():
+    """The batches of all convolutions that were measured."""
+    return {int(key[4:].split("x")[0]) for key in KEYS if key.startswith("lhs=")}
+
+
+def check(fun, args, favourites):
+    """A function on divided arrays: measured by the piece, right in its numbers, and with no collective more."""
+    global FAVOURITES
+    FAVOURITES = favourites
+    KEYS.clear()
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = auto_layout(fun, table=f"{folder}/table.sqlite", **OPTIONS)
+        outcome = tuned.outcome(*args)
+        assert outcome.kept, (favourites, outcome.verdict)
+        chosen = {m.candidate.lowering for m in outcome.plan.choices.values() if m.candidate is not None}
+        assert {name for name in favourites if fun is net or "/" not in name} <= chosen, (favourites, chosen)
+        close(tuned(*args), jax.jit(fun)(*jax.device_get(args)))
+        before, after = jax.jit(fun).lower(*args).compile(), tuned.lower(*args).compile()
+        close(tuned(*args), before(*args))
+        assert not more_collectives(before, after), (favourites, more_collectives(before, after))
+        tuned.explain(*args)
+    return collectives(before), collectives(after)
+
+
+def check_all():
+    first = ("space_to_depth/xla", "shifted", "dot", "tap_dots")
+    second = ("space_to_depth/im2col", "winograd2", "xla")
+    for favourites in (first, second):
+        check(net, HERE[:2], favourites)
+        assert sizes() == {4}, KEYS
+    for favourites in (first, ("winograd2", "im2col", "xla")):
+        before, _ = check(step, HERE, favourites)
+        assert before["all-reduce"][0] and before["all-reduce"][1] >= sum(32 * p.size for p in PARAMS.values())
+        assert not any(re.match(r"lhs=16x\d+\[\d+, \d+\]float32 rhs=\d+\[[13], ", key) for key in KEYS), KEYS
+        assert not any(re.match(r"lhs=\d+x16\[\d+, \d+\]float32 rhs=\d+\[(8|16), ", key) for key in KEYS), KEYS
+
+
+def check_placements():
+    """A function goes by where its arguments are, whoever said so."""
+    small = {"table": ":memory:", **OPTIONS}
+    told = auto_layout(net, in_shardings=(ALL, ROWS), **small)
+    for tuned, args in (
+        (told, (PARAMS, X)),
+        (auto_layout(jax.jit(net, in_shardings=(None, ROWS), out_shardings=ALL), **small), (PARAMS, X)),
+        (auto_layout(net, **small), (HERE[0], jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=ROWS))),
+    ):
+        KEYS.clear()
+        line._tables.clear()
+        assert tuned.outcome(*args).kept
+        assert sizes() == {4}, KEYS
+    # The same function on one device, and divided: two programs, two plans.
+    line._tables.clear()
+    KEYS.clear()
+    tuned = auto_layout(net, **small)
+    for args in ((PARAMS, X), HERE[:2]):
+        close(tuned(*args), jax.jit(net)(PARAMS, X))
+    assert sizes() == {16, 4}, KEYS
+
+
+def check_explicit():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jax.device_put(X, NamedSharding(mesh, P("data")))
+    k = jax.device_put(PARAMS["stem"], NamedSharding(mesh, P()))
+    check(lambda x, k: jax.nn.relu(conv(x, k, 2)), (x, k), ("xla",))
+    assert sizes() == {4}, KEYS
+
+
+def check_the_guard():
+    """A rewritten program that gathers what the original does not is refused."""
+    plain = jax.jit(jnp.tanh).lower(HERE[1]).compile()
+    gathered = jax.jit(lambda x: lax.with_sharding_constraint(jnp.tanh(x), ALL)).lower(HERE[1]).compile()
+    assert not collectives(plain) and not more_collectives(plain, plain) and not more_collectives(gathered, plain)
+    assert collectives(gathered) == {"all-gather": (1, X.size * 32)}
+    assert "all-gather" in more_collectives(plain, gathered)
+
+    def gradient(k, x):
+        return jax.grad(lambda k: jnp.tanh(conv(x, k, groups=8)).sum())(k)
+
+    args = HERE[0]["depthwise"], jax.device_put(normal(8, 16, 8, 16, 16), ROWS)
+    global FAVOURITES
+    FAVOURITES = ("rows",)
+    offered = build.in_turn
+    try:
+        for hides, cause in ((lambda name: False, "collectives"), (offered, "untried")):
+            build.in_turn = hides
+            line._tables.clear()
+            verdict = auto_layout(gradient, table=":memory:", **OPTIONS).outcome(*args).verdict
+            assert verdict.cause == cause, verdict
+            assert verdict.kept == (cause == "untried"), verdict
+    finally:
+        build.in_turn = offered
+
+
+if __name__ == "__main__":
+    assert jax.device_count() == 4
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    ROWS, ALL = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    HERE = jax.device_put(PARAMS, ALL), jax.device_put(X, ROWS), jax.device_put(Y, ROWS)
+    line.measure = measure
+    check_the_guard()
+    check_explicit()
+    check_placements()
+    check_all()
