@@ -193,8 +193,7 @@ def markdown(rows: list[Row]) -> str:
         return " " if value is None else format(value, form)
 
     head = (
-        "| case | workers | jobs | jobs a second | ms in the worker | overhead ms a job |\n"
-        "|---|---|---|---|---|---|\n"
+        "| case | workers | jobs | jobs a second | ms in the worker | overhead ms a job |\n|---|---|---|---|---|---|\n"
     )
     lines = [
         f"| {r['case']} | {r['workers'] or ' '} | {r['jobs']} | {r['jobs_per_s']:.1f} "

@@ -31,7 +31,7 @@ def test_two_processes(tmp_path):
             )
 
     started = [start(i) for i in range(2)]
-    end = time.monotonic() + 200
+    end = time.monotonic() + 420
     while time.monotonic() < end and not any(p.poll() for p in started) and any(p.poll() is None for p in started):
         time.sleep(0.1)
     for process in started:  # where one has failed, the other waits for it

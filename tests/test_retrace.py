@@ -155,7 +155,7 @@ def test_random_plans_change_the_program_as_they_say(program, seed):
     assert Plan.from_json(plan.to_json()) == plan
 
 
-@examples(120)
+@examples(80)
 @given(programs(), SEEDS)
 def test_random_plans_leave_the_values(program, seed):
     with program.config():
@@ -230,7 +230,7 @@ def by_vmap_of_vjp(fun: Callable[..., Any], program: Program, args: Sequence[Any
     return compiled(lambda given: jax.vmap(pull_back, in_axes=(None, 0))(given, cotangents), given)
 
 
-@examples(60)
+@examples(40)
 @given(programs(kinks=False), SEEDS, st.sampled_from([by_vjp, by_jvp, by_hvp, by_vmap, by_vmap_of_vjp]))
 def test_random_plans_leave_derivatives_and_batches(program, seed, transformed):
     with program.config():

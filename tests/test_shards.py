@@ -201,7 +201,7 @@ def test_on_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", "tests.on_devices"],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False, timeout=240,
+        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False, timeout=420,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "tuning failed" not in done.stderr, done.stderr

@@ -74,7 +74,7 @@ TRANSFORMATIONS: dict[str, Callable[[Function], Function]] = {
 FORWARD = {"jvp", "linearize"}
 
 
-@examples(40)
+@examples(30)
 @given(programs(kinks=False, most=4), st.tuples(*[st.sampled_from(sorted(TRANSFORMATIONS))] * 3), st.integers(0, 2))
 def test_two_around_and_one_inside(program: Program, names: tuple[str, str, str], place: int):
     """`auto_layout` inside of all three, or between them."""

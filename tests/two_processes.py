@@ -190,7 +190,7 @@ if __name__ == "__main__":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, ME)
     processes.HEARTBEAT = 0.3
-    faulthandler.dump_traceback_later(150, exit=True)
+    faulthandler.dump_traceback_later(400, exit=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
     jax.distributed.shutdown()
