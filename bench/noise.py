@@ -5,10 +5,11 @@
 Writes noise-jax<version>.json and .md into --out; where cases are named, the others' rows stay. Each network is planned
 three times from an empty table: `quiet`; `again`, as quiet, to see what two equal runs differ by; and `busy`, beside a
 process for every core but one that multiplies matrices. Columns: the cost of the other two plans by the quiet table's
-times, relative to the quiet plan's (1.05 at most is aimed at), how many convolutions they compute in another way; the
-three functions and `jax.jit` in turn on the quiet machine, medians in ms; and how much slower the busy plan runs than
-the quiet one, as the median of rounds. --table: a folder for the three tables of each network, which are kept there;
-default: a new one.
+times, relative to the quiet plan's, how many convolutions they compute in another way; the cost of the busy plan
+relative to the quiet one by the times of the table that neither was made from, `again` (by its own table each plan is
+the best there is, noise included; 1.05 at most is aimed at in both); the three functions and `jax.jit` in turn on the
+quiet machine, medians in ms; and how much slower the busy plan runs than the quiet one, as the median of rounds.
+--table: a folder for the three tables of each network, which are kept there and not measured again; default: a new one.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def run(name: str, folder: Path, budget: float, small: bool) -> Row:
     plans = {"quiet": plan("quiet"), "again": plan("again")}
     with company():
         plans["busy"] = plan("busy")
-    quiet = cost_model(str(folder / f"{name}-quiet.sqlite"))
+    quiet, again = (cost_model(str(folder / f"{name}-{kind}.sqlite")) for kind in ("quiet", "again"))
     graph = build_graph(jax.make_jaxpr(f)(*args), lambda conv, w: quiet.candidates(conv, w, relaxed=False))
     costs = {kind: cost_ns(graph, plan, quiet) for kind, plan in plans.items()}
     sites = [node.path for node in graph.sites]
@@ -93,6 +94,7 @@ def run(name: str, folder: Path, budget: float, small: bool) -> Row:
         "case": name,
         "convolutions": len(sites),
         **{f"{kind}_cost": costs[kind] / costs["quiet"] for kind in ("again", "busy")},
+        "busy_cost_again": cost_ns(graph, plans["busy"], again) / cost_ns(graph, plans["quiet"], again),
         **{f"{kind}_other": other(kind) for kind in ("again", "busy")},
         **{f"{kind}_ms": 1e3 * middle(times)[0] for kind, times in seconds.items()},
         "slower": slower[0],
@@ -103,12 +105,16 @@ def run(name: str, folder: Path, budget: float, small: bool) -> Row:
 def markdown(rows: list[Row]) -> str:
     """The table."""
     head = (
-        "| network | convolutions | again: cost, others | busy: cost, others | aimed at | jit ms | quiet ms | again ms "
-        "| busy ms | busy / quiet |\n|---|---|---|---|---|---|---|---|---|---|\n"
+        "| network | convolutions | again: cost, others | busy: cost, others | busy, by again's table | jit ms "
+        "| quiet ms | again ms | busy ms | busy / quiet |\n|---|---|---|---|---|---|---|---|---|---|\n"
     )
+
+    def aimed(cost: float) -> str:
+        return f"**{cost:.3f}** ({'met' if cost <= ALLOWED else 'MISSED'})"
+
     lines = [
         f"| {r['case']} | {r['convolutions']} | {r['again_cost']:.3f}, {r['again_other']} "
-        f"| **{r['busy_cost']:.3f}**, {r['busy_other']} | {'met' if r['busy_cost'] <= ALLOWED else 'MISSED'} "
+        f"| {aimed(r['busy_cost'])}, {r['busy_other']} | {aimed(r['busy_cost_again'])} "
         f"| {r['jit_ms']:.1f} | {r['quiet_ms']:.1f} | {r['again_ms']:.1f} | {r['busy_ms']:.1f} "
         f"| {r['slower']:.2f} ±{r['slower_spread']:.2f} |"
         for r in rows
