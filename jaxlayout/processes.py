@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxlayout.line import TableMiss
 from jaxlayout.outcome import Outcome
@@ -50,6 +49,8 @@ def agreed(decide: Callable[[], Outcome], stop: threading.Event) -> Outcome:
 
 def _exchanged(message: bytes) -> bytes:
     """The message of process 0, in all processes."""
+    from jax.experimental import multihost_utils  # slow to import
+
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     if not size:
         return b""
