@@ -62,7 +62,7 @@ class Lowering(ABC):
 
     @abstractmethod
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
-        """out, in the layout `dims.out` and of dtype `conv.out_dtype`."""
+        """out, in the layout `dims.out` and of dtype `conv.out_dtype`. No array has an axis of size 0."""
 
     def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         """The least that it does: multiply-adds, and bytes read or written. Default: the plain sum without the zeros of
@@ -133,6 +133,8 @@ def _parts(
     name: str, conv: ConvSignature, dims: ConvDimensionNumbers
 ) -> tuple[tuple[ConvSignature, ConvDimensionNumbers], ...]:
     """The convolutions that a composite calls for, one by one."""
+    if conv.is_empty:
+        return ()
     composite = _registry[name]
     assert isinstance(composite, Composite)
     parts: list[tuple[ConvSignature, ConvDimensionNumbers]] = []
@@ -222,6 +224,8 @@ def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: ja
 def _evaluate(
     name: str, parts: tuple[Lowering, ...], conv: ConvSignature, dims: ConvDimensionNumbers, lhs: Any, rhs: Any
 ) -> jax.Array:
+    if conv.is_empty:
+        return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
     found = lowering_named(name)
     return found.apply(conv, dims, lhs, found.prepare(conv, dims, rhs))
 

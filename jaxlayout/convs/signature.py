@@ -138,6 +138,12 @@ class ConvSignature:
         )
 
     @property
+    def is_empty(self) -> bool:
+        """Whether lhs, rhs or out has no element: out is zeros."""
+        sizes = (*self.spatial, *self.kernel, *self.out_spatial)
+        return 0 in (self.batch, self.in_features, self.out_features, *sizes)
+
+    @property
     def is_kernel_gradient(self) -> bool:
         """Fewer positions of out than taps, as where autodiff computes a kernel's gradient with the cotangent in the
         kernel's place."""

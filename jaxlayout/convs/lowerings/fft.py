@@ -70,8 +70,6 @@ class Fft(Lowering):
         return lax.reshape(spectrum, (groups, conv.out_features // groups, conv.kernel_features, _count(spectrum)))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        if 0 in lhs.shape:
-            return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         home, groups, axes = ConvLayout.channels_first(conv.rank), prepared.shape[0], range(2, conv.rank + 2)
         sizes = _sizes(conv)
         lhs = lax.transpose(lhs, home.permutation_from(dims.lhs))

@@ -10,13 +10,12 @@ from jax import lax
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.lowerings.dot import contract
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.convs.views import views
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 MAX_BYTES = 16 * 2**20
 """The largest patches offered, in bytes: about half of a last-level cache."""
 MAX_COLUMNS = 128
-"""Every one is a slice in the program."""
+"""The most taps, or positions of out."""
 
 
 class Im2col(Lowering):
@@ -36,6 +35,7 @@ class Im2col(Lowering):
     """
 
     name = "im2col"
+    version = 2
     rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
@@ -61,12 +61,10 @@ class Im2col(Lowering):
         return lax.reshape(rhs, (k, o) if dims.lhs.is_channels_last else (o, k))
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        if 0 in conv.out_spatial:  # a slice needs somewhere to stop
-            return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         if conv.is_kernel_gradient:
-            columns = list(views(conv, dims, lhs, by_position=True))
+            rows = _stacked(conv, dims, lhs, by_position=True)
+            rows = lax.reshape(rows, (*lhs.shape[:1], *conv.kernel, math.prod(conv.out_spatial) * conv.batch))
             summed = tuple(range(lhs.ndim - 1))
-            rows = lax.concatenate(columns, lhs.ndim - 1)
             dims_summed = (summed, summed), ((), ())
             out = lax.dot_general(rows, prepared, dims_summed, conv.precision, conv.preferred_element_type)
             return lax.reshape(out, conv.out_shape(dims.out))
@@ -77,10 +75,27 @@ def patches(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array) -> 
     """What each position of out reads, as the features of an image batch laid out as lhs, channels last or first: taps
     then features in the one (the rows of an HWIO kernel), features then taps in the other (those of an OIHW one). The
     convolution is ungrouped and without lhs dilation."""
+    shape = replace(conv, out_features=conv.contraction).out_shape(dims.lhs)
     if 0 in conv.out_spatial:  # a slice needs somewhere to stop
-        return lax.full(replace(conv, out_features=conv.contraction).out_shape(dims.lhs), 0, lhs.dtype)
-    columns = list(views(conv, dims, lhs, by_position=False))
-    if dims.lhs.is_channels_last:
-        return lax.concatenate(columns, lhs.ndim - 1)
-    by_tap = lax.concatenate([lax.expand_dims(column, (2,)) for column in columns], 2)
-    return lax.reshape(by_tap, (conv.batch, conv.contraction, *conv.out_spatial))
+        return lax.full(shape, 0, lhs.dtype)
+    return lax.reshape(_stacked(conv, dims, lhs, by_position=False), shape)
+
+
+def _stacked(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, *, by_position: bool) -> jax.Array:
+    """lhs, padded, as each tap meets it at all positions of out, the taps as axes of their own beside the features;
+    `by_position`: as each position of out meets it at all taps. One axis after the other, the last first: a slice for
+    each tap of an axis is far less to compile, and no slower, than one for each tap of the kernel."""
+    starts, starting, steps, sizes = conv.kernel, conv.rhs_dilation, conv.strides, conv.out_spatial
+    if by_position:
+        starts, starting, steps, sizes = conv.out_spatial, conv.strides, conv.rhs_dilation, conv.kernel
+    first = dims.lhs.axes[-1] in dims.lhs.spatial
+    to = 2 if first else lhs.ndim - 1
+    for i in reversed(range(conv.rank)):
+        axis = dims.lhs.axes.index(dims.lhs.spatial[i]) + (conv.rank - 1 - i) * first
+        padding = [(*conv.padding[i], 0) if at == axis else (0, 0, 0) for at in range(lhs.ndim)]
+        lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
+        reach = (sizes[i] - 1) * steps[i] + 1
+        every = [j * starting[i] for j in range(starts[i])]
+        views = [lax.slice_in_dim(lhs, start, start + reach, steps[i], axis) for start in every]
+        lhs = lax.concatenate([lax.expand_dims(view, (to,)) for view in views], to)
+    return lhs

@@ -60,7 +60,7 @@ class Phases(Composite):
         def one(chosen: tuple[_Phase, ...]) -> jax.Array:
             sizes = dict(zip(dims.out.axes, conv.out_shape(dims.out), strict=True))
             sizes |= {a: p.outputs for a, p in zip(spatial, chosen, strict=True)}
-            if 0 in sizes.values() or any(p.taps == 0 for p in chosen):
+            if any(p.outputs == 0 or p.taps == 0 for p in chosen):
                 out = lax.full([sizes[a] for a in dims.out.axes], 0, conv.out_dtype)
             else:
                 part = _part(conv, chosen)

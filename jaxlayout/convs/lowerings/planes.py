@@ -43,8 +43,6 @@ class Planes(Composite):
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve
     ) -> jax.Array:
-        if 0 in (*conv.out_shape(dims.out), *lhs.shape, *rhs.shape):
-            return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         by = _by_position if _few_positions(conv) else _by_tap
         order = without_depth(dims)
         return by(conv, flattened(conv), dims, lhs, rhs, lambda part, lhs, rhs: convolve(part, order, lhs, rhs))

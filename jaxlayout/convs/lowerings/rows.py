@@ -51,8 +51,6 @@ class Rows(Lowering):
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         shape = conv.out_shape(dims.out)
-        if 0 in (*shape, *lhs.shape, *prepared.shape):
-            return lax.full(shape, 0, conv.out_dtype)
         padding = [(0, 0, 0), *((lo, hi, 0) for lo, hi in conv.padding), (0, 0, 0)]
         groups, inputs = conv.batch_groups, conv.batch // conv.batch_groups
         outputs = conv.out_features // groups

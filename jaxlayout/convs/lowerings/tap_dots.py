@@ -42,8 +42,6 @@ class TapDots(Lowering):
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         shape = conv.out_shape(dims.out)
-        if 0 in shape:
-            return lax.full(shape, 0, conv.out_dtype)
         precision = conv.precision
         if conv.is_kernel_gradient:
             summed = tuple(range(lhs.ndim - 1))

@@ -35,8 +35,6 @@ class WidePlanes(Composite):
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve
     ) -> jax.Array:
-        if 0 in (*conv.out_shape(dims.out), *lhs.shape, *rhs.shape):
-            return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
         taps, size, positions = conv.kernel[0], conv.spatial[0], conv.out_spatial[0]
         kernel = merged(lax.transpose(rhs, (1, 2, 3, 0, 4)), 4)
         part = replace(

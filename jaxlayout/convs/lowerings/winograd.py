@@ -68,8 +68,6 @@ class Winograd(Lowering):
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         shape = conv.out_shape(dims.out)
-        if 0 in shape:
-            return lax.full(shape, 0, conv.out_dtype)
         tiles = [-(-size // self.tile) for size in conv.out_spatial]
         whole = [self.tile * count + 2 for count in tiles]
         padding = [(lo, w - size - lo, 0) for w, size, (lo, _) in zip(whole, conv.spatial, conv.padding, strict=True)]
