@@ -35,13 +35,12 @@ import torch._inductor.config
 
 from bench.models import ALL_MODELS
 from bench.rows import Row, arguments, parsed, write_rows
-from bench.timing import Contender, in_turn, middle
+from bench.timing import CORES, Contender, in_turn, middle
 from bench.torch_models import TORCH_MODELS, channels_first, check, load
 from jaxlayout import auto_layout
 
 OURS, THEIRS = ("auto_layout", "relaxed"), ("eager", "compile")
 PEAK_SIDE = 3072
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 #: what the table says where it is set
 TOLD = ("OMP_WAIT_POLICY", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
 #: sides for --small, where it is not 64

@@ -28,7 +28,7 @@ import jax
 from bench.models import ALL_MODELS
 from bench.networks import cost_model
 from bench.rows import Row, arguments, parsed, write_rows
-from bench.timing import in_turn, middle
+from bench.timing import CORES, in_turn, middle
 from jaxlayout import Plan, auto_layout
 from jaxlayout.costs.measure import measure
 from jaxlayout.costs.model import CostModel
@@ -44,17 +44,13 @@ BURN = "import numpy as np\nx = np.ones((512, 512), np.float32) / 512\nwhile Tru
 def company() -> Iterator[None]:
     """Other processes that keep all cores but one busy."""
     alone = os.environ | {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
-    others = [subprocess.Popen([sys.executable, "-c", BURN], env=alone) for _ in range(max(1, _cores() - 1))]
+    others = [subprocess.Popen([sys.executable, "-c", BURN], env=alone) for _ in range(max(1, CORES - 1))]
     try:
         yield
     finally:
         for other in others:
             other.kill()
             other.wait()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cost_ns(graph: LayoutGraph, plan: Plan, model: CostModel) -> float:
@@ -119,7 +115,7 @@ def markdown(rows: list[Row]) -> str:
         f"| {r['slower']:.2f} ±{r['slower_spread']:.2f} |"
         for r in rows
     ]
-    where = f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {_cores()} cores, `python -m bench.noise`"
+    where = f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {CORES} cores, `python -m bench.noise`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,10 @@ import jax
 
 from jaxlayout.timing import Paired, paired
 
-__all__ = ["Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
+__all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
+
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""How many this process may use."""
 
 Contender = Callable[[], Any]
 """Runs once, to the end."""

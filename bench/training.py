@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Mapping
@@ -39,7 +38,7 @@ from jax import lax
 from bench.models import ALL_MODELS
 from bench.networks import errors, normal
 from bench.rows import arguments, compared, parsed, write_rows
-from bench.timing import Contender, first_call, in_turn, middle, paired
+from bench.timing import CORES, Contender, first_call, in_turn, middle, paired
 from jaxlayout import auto_layout, keep_freed_memory
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -317,7 +316,7 @@ def against_torch(make: Any, ours: Contender, loss: float, small: bool) -> dict[
     """The columns of PyTorch, which has to find the same loss at the first step."""
     import torch
 
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    torch.set_num_threads(CORES)
     _, theirs = make()
     if not math.isclose(first := theirs(), loss, rel_tol=1e-2):
         raise AssertionError(f"the loss is {loss} in JAX, {first} in PyTorch")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayout.checked import flag, integer, number, one_of, shown, text
+from jaxlayout.checked import flag, integer, number, one_of, optional, shown, text
 from jaxlayout.costs.measure import TOLERANCE, WARM_NS, Compiled
 
 MIN_PAIRS, MAX_PAIRS = 7, 25
@@ -71,8 +71,6 @@ class Verdict:
         names = {field.name for field in fields(cls)}
         if not isinstance(data, dict) or data.keys() != names:
             raise ValueError(f"not a verdict: {shown(data)}")
-        times = {name: data[name] for name in ("original_ns", "tuned_ns", "ratio", "spread")}
-        temps = {name: data[name] for name in ("original_temp", "tuned_temp")}
         difference = data["difference"]
         return cls(
             kept=flag("kept", data["kept"]),
@@ -80,8 +78,8 @@ class Verdict:
             cause=one_of("cause", data["cause"], CAUSES),
             pairs=integer("pairs", data["pairs"], 10**9),
             difference=difference if difference in (None, math.inf) else number("difference", difference),
-            **{name: None if value is None else number(name, value) for name, value in times.items()},
-            **{name: None if value is None else integer(name, value, 2**60) for name, value in temps.items()},
+            **{name: optional(number, name, data[name]) for name in ("original_ns", "tuned_ns", "ratio", "spread")},
+            **{name: optional(integer, name, data[name], 2**60) for name in ("original_temp", "tuned_temp")},
         )
 
 

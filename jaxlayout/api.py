@@ -231,9 +231,10 @@ class AutoLayout:
             told = self._told.get("compiler_options") if context == "entry" else None
             options = {**(told or {}), **outcome.plan.compiler_options} or None
             model = cost_model(self.options, default_device(), context, options)
-            relaxed = self.options.numerics == "relaxed"
             divided = of_arguments(jaxpr, shardings or ())
-            return explain(jaxpr, outcome, model, name=self._name, relaxed=relaxed, frozen=frozen, divided=divided)
+            return explain(
+                jaxpr, outcome, model, name=self._name, relaxed=self.options.relaxed, frozen=frozen, divided=divided
+            )
 
         return apart(work, device)
 

@@ -1,7 +1,10 @@
 """Plain data that may come from anywhere, value by value: what it has to be, or ValueError with a short reason."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 def shown(value: object) -> str:
@@ -54,3 +57,8 @@ def one_of(name: str, value: object, choices: tuple[Any, ...]) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {shown(value)}, not one of {', '.join(choices)}")
     return value
+
+
+def optional(check: Callable[..., T], name: str, value: object, *limits: Any) -> T | None:
+    """None, or what a check takes."""
+    return None if value is None else check(name, value, *limits)

@@ -243,7 +243,7 @@ class _Line:
         try:
             outcome = Outcome.from_json(json.loads(text))
             if fit:
-                check_fit(self.jaxpr, outcome.plan, relaxed=self.options.numerics == "relaxed")
+                check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
                 _check_options(outcome.plan, self.option_sets)
             return outcome
         except (ValueError, RecursionError) as error:
@@ -289,7 +289,7 @@ class _Line:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            ways = self.model.candidates(conv, written, relaxed=self.options.numerics == "relaxed")
+            ways = self.model.candidates(conv, written, relaxed=self.options.relaxed)
             return [way for way in ways if way == written or self.worth(conv, way, wanted)]
 
         still = _still(self.jaxpr, self.frozen)

@@ -39,9 +39,14 @@ class Options:
                 raise ValueError(f"{name}={value!r}: expected {problem}")
 
     @property
+    def relaxed(self) -> bool:
+        """Whether lowerings that are less accurate than XLA's convolution may be chosen."""
+        return self.numerics == "relaxed"
+
+    @property
     def relax(self) -> float:
         """What the numerics policy multiplies allowed errors by."""
-        return {"strict": 1.0, "relaxed": 100.0}[self.numerics]
+        return 100.0 if self.relaxed else 1.0
 
     @classmethod
     def from_environment(cls, **given: Any) -> Self:

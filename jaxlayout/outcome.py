@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxlayout.accept import Verdict
@@ -46,8 +46,7 @@ class Outcome:
     @classmethod
     def from_json(cls, data: Any) -> Outcome:
         """The inverse of `to_json`; ValueError, saying why, for anything else."""
-        names = {"plan", "verdict", "source", "seconds", "measured", "folded"}
-        if not isinstance(data, dict) or data.keys() != names:
+        if not isinstance(data, dict) or data.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"not an outcome: {shown(data)}")
         return cls(
             plan=Plan.from_json(data["plan"]),

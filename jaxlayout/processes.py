@@ -40,7 +40,10 @@ def agreed(decide: Callable[[], Outcome], stop: threading.Event) -> Outcome:
     error = deciding.exception()
     if error is None and stop.is_set():
         error = KeyboardInterrupt("interrupted while it tuned")
-    said = {"outcome": deciding.result().to_json()} if error is None else {"error": repr(error), "kind": _kind(error)}
+    if error is None:
+        said = {"outcome": deciding.result().to_json()}
+    else:
+        said = {"error": repr(error), "kind": "miss" if isinstance(error, TableMiss) else "other"}
     _exchanged(json.dumps(said).encode())
     if error is not None:
         raise error
@@ -56,10 +59,6 @@ def _exchanged(message: bytes) -> bytes:
         return b""
     given = np.frombuffer(message, np.uint8) if message else np.zeros(size, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(given)).astype(np.uint8).tobytes()
-
-
-def _kind(error: BaseException) -> str:
-    return "miss" if isinstance(error, TableMiss) else "other"
 
 
 def _read(said: dict[str, Any]) -> Outcome:

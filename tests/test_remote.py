@@ -14,41 +14,25 @@ from typing import Any
 
 import distributed
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 import jaxlayout
+from bench.remote import convolution
 from jaxlayout import CostTable, auto_layout
-from jaxlayout.convs.candidates import Candidate, candidates
-from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.measure import Job, conv_job, transpose_job
+from jaxlayout.costs.measure import Job, transpose_job
 from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
-
-DIMS = "NCHW,OIHW->NCHW"
 
 
 def conv(x: Any, k: Any) -> Any:
     return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
-def signature(features: int) -> ConvSignature:
-    x, k = (
-        jax.ShapeDtypeStruct((1, features, 8, 8), jnp.float32),
-        jax.ShapeDtypeStruct((4, features, 3, 3), jnp.float32),
-    )
-    return ConvSignature.of(x, k, jax.make_jaxpr(conv)(x, k).eqns[0].params)
-
-
 def jobs(*features: int) -> list[Job]:
     """Convolutions of so many features, each in the two usual orders."""
-    found = []
-    for conv in map(signature, features):
-        ways = [way for way in candidates(conv, Candidate.parse(f"xla:{DIMS}")) if way.lowering == "xla"]
-        found.append(conv_job(conv, ways))
-    return found
+    return [convolution(count) for count in features]
 
 
 def request(make: Any) -> Request:

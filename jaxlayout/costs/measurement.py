@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from jaxlayout.checked import integer, number, one_of, shown, text
+from jaxlayout.checked import integer, number, one_of, optional, shown, text
 
 Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 
@@ -66,14 +66,14 @@ class Measurement:
         if unknown := value.keys() - NAMES:
             raise ValueError(f"unknown fields: {', '.join(shown(name) for name in list(unknown)[:5])}")
         status: Status = one_of("status", value["status"], get_args(Status))
-        median, spread, error, temp = (value[name] for name in ("median_ns", "spread_ns", "error", "temp_bytes"))
+        error = value["error"]
         measurement = cls(
             status=status,
-            median_ns=None if median is None else number("median_ns", median, MAX_NS),
-            spread_ns=None if spread is None else number("spread_ns", spread, MAX_NS),
+            median_ns=optional(number, "median_ns", value["median_ns"], MAX_NS),
+            spread_ns=optional(number, "spread_ns", value["spread_ns"], MAX_NS),
             runs=integer("runs", value["runs"], MAX_RUNS),
-            error=math.inf if error == "inf" else None if error is None else number("error", error),
-            temp_bytes=None if temp is None else integer("temp_bytes", temp, MAX_BYTES),
+            error=math.inf if error == "inf" else optional(number, "error", error),
+            temp_bytes=optional(integer, "temp_bytes", value["temp_bytes"], MAX_BYTES),
             program=text("program", value["program"], MAX_PROGRAM),
             detail=text("detail", value.get("detail", ""), MAX_DETAIL),
         )

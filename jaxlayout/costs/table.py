@@ -187,17 +187,18 @@ class CostTable:
         temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
         failed: list[OSError] = []
 
-        def write(connection: sqlite3.Connection) -> None:
+        def write(connection: sqlite3.Connection) -> bool:
             try:
                 with temporary.open("w", encoding="utf-8") as file:
                     for line in self._lines(connection):
                         file.write(_dumps(line) + "\n")
             except OSError as error:  # the file's, not the table's
                 failed.append(error)
+            return True
 
         try:
             with self._lock:
-                if not self._run(lambda connection: write(connection) or True, False, UNREADABLE):
+                if not self._run(write, False, UNREADABLE):
                     with contextlib.closing(sqlite.connect(sqlite.MEMORY)) as none:
                         write(none)  # what this process has
             if failed:

@@ -9,7 +9,7 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
-from jaxlayout.checked import flag, integer, number, shown, text
+from jaxlayout.checked import flag, integer, number, optional, shown, text
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
@@ -95,7 +95,6 @@ class Plan:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"a plan of format {shown(data['format'])}, this is format {FORMAT}")
-            sealed = data["sealed_bytes"]
             return cls(
                 choices={
                     _integers(path): Mode(
@@ -122,7 +121,7 @@ class Plan:
                     text("option", name, 1000): text("option", value, 1000)
                     for name, value in data["compiler_options"].items()
                 },
-                sealed_bytes=None if sealed is None else integer("sealed_bytes", sealed, 2**60),
+                sealed_bytes=optional(integer, "sealed_bytes", data["sealed_bytes"], 2**60),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}"[:200]) from error
