@@ -5,30 +5,28 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import jaxprs_in_params
 
-from jaxlayout._compat import eval_equations, open_jaxpr
-from jaxlayout.accept import Verdict, accept, draws, liveliest
+from jaxlayout._compat import open_jaxpr
+from jaxlayout.accept import Verdict
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import Environment, current_environment
 from jaxlayout.costs.lock import timing_lock
-from jaxlayout.costs.measure import Compiled, CompilerOptions, Job, available_memory, compile_in, measure
+from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.remote import Request, measure_elsewhere
@@ -37,18 +35,19 @@ from jaxlayout.forced import force
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules.base import Body, bodies_of, rule_names
-from jaxlayout.graph.shards import of_arguments, spans_processes
+from jaxlayout.graph.rules.base import rule_names
+from jaxlayout.graph.shards import of_arguments
 from jaxlayout.graph.solve import solve
+from jaxlayout.judge import Judge
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome, untouched
-from jaxlayout.program import ProgramKey, equations, has_effects, needs_real_arguments, program_key
+from jaxlayout.program import ProgramKey, equations, program_key
 from jaxlayout.progress import Progress, Silent
 from jaxlayout.rewrite.retrace import retrace
-from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.rewrite.still import still_values
-from jaxlayout.threads import Workers, default_device
+from jaxlayout.task import Task
+from jaxlayout.threads import default_device
 
 logger = logging.getLogger("jaxlayout")
 
@@ -142,10 +141,10 @@ def decide(
     try:
         if options.policy == "channels_last":
             return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
-        told = compiler_options, choose_options
+        told, original = (compiler_options, choose_options), jaxpr if written is None else written
         if args is not None:
             shardings = [getattr(x, "sharding", None) for x in args]
-        line = _Line(_Task(jaxpr, args, options, context, *told, frozen, written, shardings, executor, progress, stop))
+        line = _Line(Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop))
         if (stored := line.stored()) is not None:
             return stored
         outcome = line.run()
@@ -168,7 +167,7 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     asked to."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
-    line = _Line(_Task(jaxpr, None, options, "nested", None, False, (), None, (), None, progress, stop))
+    line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
     return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
@@ -177,8 +176,8 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
 def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
     """The costs on a device under these options."""
     environment = current_environment(device, _compiled(compiler_options)).fingerprint
-    if options.numerics != "strict":
-        environment += f"-{options.numerics}"
+    if options.relaxed:
+        environment += "-relaxed"
     # A policy that measures nothing leaves the file alone.
     table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
     return CostModel(table, environment, LayoutPolicy.for_device(device), context)
@@ -188,55 +187,37 @@ def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
     return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
 
 
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """What `decide` was asked; see there."""
-
-    jaxpr: Any
-    args: Sequence[Any] | None
-    options: Options
-    context: Context
-    told: CompilerOptions
-    choose_options: bool
-    frozen: Sequence[bool]
-    written: Any
-    shardings: Sequence[Any]
-    executor: Executor | None
-    progress: Progress
-    stop: threading.Event
-
-
 class _Line:
     """One run of the stages; what several of them need."""
 
-    def __init__(self, task: _Task, extra: Mapping[str, str] = MappingProxyType({}), without: CostModel | None = None):
-        """`extra`: compiler options on trial; `without`: the costs without them."""
+    def __init__(self, task: Task, extra: Mapping[str, str] = MappingProxyType({}), without: _Line | None = None):
+        """`extra`: compiler options on trial; `without`: the line without them."""
         self.task, self.extra, self.without = task, extra, without
-        self.jaxpr, self.args, self.options = task.jaxpr, task.args, task.options
+        self.jaxpr, self.options = task.jaxpr, task.options
         self.context: Context = task.context
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
-        self.written, self.folded = (task.jaxpr, False) if task.written is None else (task.written, True)
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
+        self.judging = Judge(task, task.told) if without is None else without.judging.under(self.compiler_options)
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
         self.table = open_table(self.options.table)
         self.divided = of_arguments(self.jaxpr, task.shardings)
-        self.spans = spans_processes(task.shardings)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
-        choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if self.spans else {})
+        choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
         self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
         text = self.table.load_plan(self.plans, self.key.function)
-        found = None if text is None else self.parsed(text, fit=True)
-        return _provisional.get(self.place) if found is None else replace(found, source="stored", folded=self.folded)
+        if text is None or (found := self.parsed(text, fit=True)) is None:
+            return _provisional.get(self.place)
+        return replace(found, source="stored", folded=self.task.folded)
 
     def parsed(self, text: str, *, fit: bool = False) -> Outcome | None:
         """What a stored text says, if it makes sense. `fit`: for this very program."""
@@ -299,7 +280,7 @@ class _Line:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
         without the compiler options now on trial."""
         if self.without is not None:
-            before = self.without.measurement(conv, way)
+            before = self.without.model.measurement(conv, way)
             return before is not None and before.status == "ok"
         return not wanted or way in wanted
 
@@ -337,21 +318,20 @@ class _Line:
 
     def sealed(self, plan: Plan) -> list[int]:
         """The sizes of arrays that a plan has written out before convolutions that read them often."""
-        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, plan))(*self.shapes))
+        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, plan))(*self.task.shapes))
         found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
         return [eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found]
 
     def may_choose(self, outcome: Outcome) -> bool:
         """Whether compiler options are worth a try: only where whole functions may be timed."""
-        timed = self.options.verdict and self.options.on_miss == "measure" and not self.not_to_be_run
+        timed = self.options.verdict and self.options.on_miss == "measure" and not self.task.not_to_be_run
         sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
         return timed and sound and not self.out_of_time()
 
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
         """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
-        line = _Line(self.task, extra, self.model)
-        line.original, line.trial_arguments = self.original, self.trial_arguments
+        line = _Line(self.task, extra, self)
 
         def gain(outcome: Outcome) -> float:
             return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
@@ -425,94 +405,8 @@ class _Line:
         return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
 
     def judge(self, plan: Plan, least: float = 1.0) -> Verdict:
-        """Rewritten against original, as whole functions. `least`: how many times faster it has to be."""
-        if plan.trivial and not self.folded:
-            return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
-        if self.spans:  # to compile it may need the others, too
-            return self.untried(plan, self.not_to_be_run)
-        self.progress.stage("judging")
-        with timing_lock(notify=logger.info):
-            with Workers(1) as pool:  # beside the original, the first time
-                compiling = pool.submit(self.rewritten, plan)
-                try:
-                    before = self.original
-                except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
-                    return self.untried(plan, f"it cannot stand alone: {error}")
-            try:
-                after, split = compiling.result()
-            except Exception as error:
-                return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
-            trial = None if self.not_to_be_run else self.trial_arguments
-            if split is not None and trial is not None:
-                after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
-            verdict = accept(
-                before,
-                after,
-                trial,
-                contraction=contraction(self.jaxpr),
-                memory_limit=self.options.memory_limit,
-                timed=self.options.verdict,
-                least=least,
-                relax=self.options.relax,
-            )
-        return self.untried(plan, self.not_to_be_run) if self.not_to_be_run and verdict.kept else verdict
-
-    def rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
-        """The program under a plan, compiled; where arguments are frozen the part that each call runs, which wants
-        what the other part prepares before its arguments."""
-        function = retrace(self.jaxpr, plan)
-        if not any(self.frozen):
-            return compile_in(self.context, function, self.shapes, self.compiler_options), None
-        split = Split.of(flattened(function, self.shapes, expand=self.context == "entry"), self.frozen)
-        held, rest = split.sides(self.shapes)
-        kept = jax.eval_shape(split.prepare, held) if self.args is None else split.prepare(held)
-        compiled = compile_in(self.context, split.run, (*kept, *rest), self.compiler_options)
-        return replace(compiled, takes=tuple(i for i, held in enumerate(self.frozen) if not held)), split
-
-    @property
-    def not_to_be_run(self) -> str:
-        """Why the function must not be run on trial, if so."""
-        if has_effects(self.jaxpr):
-            return "it has side effects"
-        if self.spans:
-            return "it spans several processes"
-        if self.args is None and needs_real_arguments(self.jaxpr):
-            return "made-up arguments could stop it from ending, or upset a callback"
-        return ""
-
-    def untried(self, plan: Plan, why: str) -> Verdict:
-        """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
-        been seen to be right by itself."""
-        seen = self.complete or plan.trivial
-        kept = seen and (plan.predicted_ns < plan.written_ns or self.folded)
-        reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
-        return Verdict(kept=kept, reason=reason, cause="untried")
-
-    def replay(self, *flat: Any) -> list[Any]:
-        """The original program, every time all of it."""
-        return eval_equations(self.written, flat)
-
-    @property
-    def shapes(self) -> Sequence[Any]:
-        """The arguments as far as compiling needs them."""
-        if self.args is not None:
-            return self.args
-        avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
-        places = self.task.shardings or [None] * len(avals)
-        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(avals, places, strict=True)]
-
-    @cached_property
-    def original(self) -> Compiled:
-        """The original, compiled as the user told."""
-        return compile_in(self.context, self.replay, self.shapes, self.task.told)
-
-    @cached_property
-    def trial_arguments(self) -> Sequence[Any]:
-        """What the two functions are compared on: the caller's own arguments where they tell something, or made-up
-        ones."""
-        given = [] if self.args is None else [self.args]
-        drawn = () if needs_real_arguments(self.jaxpr) else draws(self.shapes)
-        return liveliest(self.original, itertools.chain(given, drawn))
+        """`Judge.verdict`."""
+        return self.judging.verdict(plan, seen=self.complete, least=least)
 
     def hungriest(
         self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]
@@ -546,18 +440,3 @@ def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
 def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
     """The variables that are computed once, where some arguments are frozen."""
     return still_values(jaxpr, frozen) if any(frozen) else ()
-
-
-def contraction(jaxpr: Any) -> float:
-    """The products summed along all convolutions and dots of a program, one after the other."""
-    total = 0.0
-    for eqn in open_jaxpr(jaxpr).eqns:
-        if eqn.primitive in CONVOLUTIONS:
-            lhs, rhs = (v.aval for v in eqn.invars)
-            total += ConvSignature.of(lhs, rhs, eqn.params).contraction
-        elif eqn.primitive.name == "dot_general":
-            total += math.prod(eqn.invars[0].aval.shape[a] for a in eqn.params["dimension_numbers"][0][0])
-        else:
-            bodies = bodies_of(eqn) or map(Body, jaxprs_in_params(eqn.params))
-            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
-    return total

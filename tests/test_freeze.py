@@ -20,7 +20,7 @@ import pytest
 from flax import linen
 from jax import lax
 
-from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout, line
+from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout, judge, line
 from jaxlayout.accept import Verdict
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode, build_graph
@@ -413,8 +413,8 @@ def test_a_slow_verdict_leaves_the_original(monkeypatch):
 
 def test_what_is_judged_is_what_runs(judged, monkeypatch):
     seen = []
-    real = line.accept
-    monkeypatch.setattr(line, "accept", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
+    real = judge.accept
+    monkeypatch.setattr(judge, "accept", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
     frozen = auto_layout(net).freeze(PARAMS)
     assert frozen.outcome(X).verdict.difference < 1e-4
     ((before, after, args),) = seen

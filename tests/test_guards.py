@@ -649,7 +649,7 @@ def test_a_large_network_in_half_precision_has_no_free_pass(costs, monkeypatch):
     """c*eps*sqrt(K) would allow 100% of the rms: K is 8 million."""
     seen = []
     monkeypatch.setattr("jaxlayout.accept.compare", lambda *args: seen.append(args[-1]) or compare(*args))
-    monkeypatch.setattr(line, "contraction", lambda jaxpr: 8_000_000)
+    monkeypatch.setattr("jaxlayout.judge.contraction", lambda jaxpr: 8_000_000)
     auto_layout(conv)(X.astype(jnp.bfloat16), K.astype(jnp.bfloat16))
     assert seen == [MAX_TOLERANCE]
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout import LayoutPolicy, Options, Plan, auto_layout, line
+from jaxlayout import LayoutPolicy, Options, Plan, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv, tuned_conv_p
 from jaxlayout.convs.signature import written_order
 from jaxlayout.forced import OTHERS
@@ -127,8 +127,8 @@ def unmeasured(monkeypatch):
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("touched")
 
-    for name in ("measure", "accept", "open_table", "timing_lock"):
-        monkeypatch.setattr(line, name, refuse)
+    for name in ("line.measure", "line.open_table", "line.timing_lock", "judge.accept", "judge.timing_lock"):
+        monkeypatch.setattr(f"jaxlayout.{name}", refuse)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()
 

@@ -1,0 +1,132 @@
+"""`Judge`: the program under a plan held against the original, both as a whole."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.extend.core import jaxprs_in_params
+
+from jaxlayout._compat import eval_equations, open_jaxpr
+from jaxlayout.accept import Verdict, accept, draws, liveliest
+from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.costs.lock import timing_lock
+from jaxlayout.costs.measure import Compiled, CompilerOptions, compile_in
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.rules.base import Body, bodies_of
+from jaxlayout.program import needs_real_arguments
+from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.rewrite.split import Split, flattened
+from jaxlayout.task import Task
+from jaxlayout.threads import Workers
+
+logger = logging.getLogger("jaxlayout")
+
+
+class Judge:
+    """Compiles and runs the original of a task once, and each program that it is held against."""
+
+    def __init__(self, task: Task, compiler_options: CompilerOptions):
+        """`compiler_options`: of the programs under a plan; the original has those that the user told."""
+        self.task, self.compiler_options = task, compiler_options
+
+    def under(self, compiler_options: CompilerOptions) -> Judge:
+        """The same with other compiler options."""
+        other = Judge(self.task, compiler_options)
+        other.original, other.trial_arguments = self.original, self.trial_arguments
+        return other
+
+    def verdict(self, plan: Plan, *, seen: bool, least: float = 1.0) -> Verdict:
+        """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured; `least`: how
+        many times faster it has to be."""
+        task = self.task
+        if plan.trivial and not task.folded:
+            return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
+        if task.spans:  # to compile it may need the others, too
+            return self._untried(plan, task.not_to_be_run, seen)
+        task.progress.stage("judging")
+        with timing_lock(notify=logger.info):
+            with Workers(1) as pool:  # beside the original, the first time
+                compiling = pool.submit(self._rewritten, plan)
+                try:
+                    before = self.original
+                except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
+                    return self._untried(plan, f"it cannot stand alone: {error}", seen)
+            try:
+                after, split = compiling.result()
+            except Exception as error:
+                return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
+            trial = None if task.not_to_be_run else self.trial_arguments
+            if split is not None and trial is not None:
+                after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
+            verdict = accept(
+                before,
+                after,
+                trial,
+                contraction=contraction(task.jaxpr),
+                memory_limit=task.options.memory_limit,
+                timed=task.options.verdict,
+                least=least,
+                relax=task.options.relax,
+            )
+        return self._untried(plan, task.not_to_be_run, seen) if task.not_to_be_run and verdict.kept else verdict
+
+    @cached_property
+    def original(self) -> Compiled:
+        """The original, compiled as the user told."""
+        task = self.task
+
+        def replay(*flat: Any) -> list[Any]:
+            return eval_equations(task.original, flat)  # frozen or not, every time all of it
+
+        return compile_in(task.context, replay, task.shapes, task.told)
+
+    @cached_property
+    def trial_arguments(self) -> Sequence[Any]:
+        """What the two functions are compared on: the caller's own arguments where they tell something, or made-up
+        ones."""
+        given = [] if self.task.args is None else [self.task.args]
+        drawn = () if needs_real_arguments(self.task.jaxpr) else draws(self.task.shapes)
+        return liveliest(self.original, itertools.chain(given, drawn))
+
+    def _rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
+        """The program under a plan, compiled; where arguments are frozen the part that each call runs, which wants
+        what the other part prepares before its arguments."""
+        task, function, shapes = self.task, retrace(self.task.jaxpr, plan), self.task.shapes
+        if not any(task.frozen):
+            return compile_in(task.context, function, shapes, self.compiler_options), None
+        split = Split.of(flattened(function, shapes, expand=task.context == "entry"), task.frozen)
+        held, rest = split.sides(shapes)
+        kept = jax.eval_shape(split.prepare, held) if task.args is None else split.prepare(held)
+        compiled = compile_in(task.context, split.run, (*kept, *rest), self.compiler_options)
+        return replace(compiled, takes=tuple(i for i, held in enumerate(task.frozen) if not held)), split
+
+    def _untried(self, plan: Plan, why: str, seen: bool) -> Verdict:
+        """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
+        been seen to be right by itself."""
+        seen = seen or plan.trivial
+        kept = seen and (plan.predicted_ns < plan.written_ns or self.task.folded)
+        reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
+        return Verdict(kept=kept, reason=reason, cause="untried")
+
+
+def contraction(jaxpr: Any) -> float:
+    """The products summed along all convolutions and dots of a program, one after the other."""
+    total = 0.0
+    for eqn in open_jaxpr(jaxpr).eqns:
+        if eqn.primitive in CONVOLUTIONS:
+            lhs, rhs = (v.aval for v in eqn.invars)
+            total += ConvSignature.of(lhs, rhs, eqn.params).contraction
+        elif eqn.primitive.name == "dot_general":
+            total += math.prod(eqn.invars[0].aval.shape[a] for a in eqn.params["dimension_numbers"][0][0])
+        else:
+            bodies = bodies_of(eqn) or map(Body, jaxprs_in_params(eqn.params))
+            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
+    return total
