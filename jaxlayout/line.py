@@ -291,8 +291,8 @@ class _Line:
         timed = self.measure("convolutions", missing)
         self.complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
-        outcome, refused, innocent = untouched("tuning was interrupted"), "", set()
-        suspect, least = None, np.inf
+        outcome, refused, least = untouched("tuning was interrupted"), "", np.inf
+        suspects, innocent = set[tuple[str, str]](), set[tuple[str, str]]()
         for price in MEMORY_PRICES:
             self.model.byte_ns = price / self.model.policy.bytes_per_ns
             plan, more = self.solve(graph)
@@ -308,12 +308,12 @@ class _Line:
                 verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
                 return replace(outcome, verdict=verdict)
             refused = refused or f" (of the plan that should be fastest: {outcome.verdict.reason})"
-            if suspect is not None and (outcome.verdict.tuned_temp or 0) >= least:  # it was not its fault
-                self.model.forbidden.remove(suspect)
-                innocent.add(suspect)
+            if (outcome.verdict.tuned_temp or 0) >= least:  # it was not their fault
+                self.model.forbidden -= suspects
+                innocent |= suspects
             least = min(least, outcome.verdict.tuned_temp or np.inf)
-            if (suspect := self.hungriest(graph, plan, innocent)) is not None:
-                self.model.forbidden.add(suspect)
+            suspects = self.hungriest(graph, plan, innocent)
+            self.model.forbidden |= suspects
         return outcome
 
     def sealed(self, plan: Plan) -> list[int]:
@@ -408,27 +408,40 @@ class _Line:
         """`Judge.verdict`."""
         return self.judging.verdict(plan, seen=self.complete, least=least)
 
-    def hungriest(
-        self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]
-    ) -> tuple[str, str] | None:
+    def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
         """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
-        most memory is alive (more than half of the most), the one that is the least loss for it."""
+        most memory is alive (more than half of the most), the one that is the least loss for it. With it all others
+        that need as much there, but for the one that is written."""
         needs: dict[tuple[str, str], int] = {}
         losses: dict[tuple[str, str], float] = {}
+        likes: dict[tuple[str, str], set[tuple[str, str]]] = {}
+
+        def temp(conv: ConvSignature, candidate: Candidate) -> int:
+            found = self.model.measurement(conv, candidate)
+            return (found and found.temp_bytes) or 0
+
         for node in graph.sites:
-            mode = plan.choices.get(node.path)
-            if node.conv is None or mode is None or mode.candidate is None or mode == node.modes[0]:
+            mode, conv, written = plan.choices.get(node.path), node.conv, node.modes[0]
+            if conv is None or mode is None or mode.candidate is None or mode == written:
                 continue
-            key = node.conv.key, mode.candidate.lowering
+            chosen = mode.candidate
+            key = conv.key, chosen.lowering
             if key in innocent:
                 continue
-            found = self.model.measurement(node.conv, mode.candidate)
-            needs[key] = node.conv.nbytes + ((found and found.temp_bytes) or 0)
-            others = [m for m in node.modes if m.candidate and m.candidate.lowering != mode.candidate.lowering]
+            needs[key] = conv.nbytes + temp(conv, chosen)
+            alike = {chosen.lowering} | {
+                way.lowering
+                for m in node.modes
+                if (way := m.candidate) is not None and temp(conv, way) >= max(1, temp(conv, chosen))
+            }
+            if written.candidate is not None:
+                alike.discard(written.candidate.lowering)
+            likes[key] = {(conv.key, lowering) for lowering in alike}
+            others = [m for m in node.modes if m.candidate and m.candidate.lowering not in alike]
             loss = min((self.model.node_ns(node, m) for m in others), default=np.inf) - self.model.node_ns(node, mode)
             losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
         hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
-        return max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3), default=None)
+        return likes[max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3))] if hungry else set()
 
 
 def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
