@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import measurement
 from jax import lax
 from jax.extend.core import Primitive
 
@@ -490,6 +492,30 @@ def test_a_pinned_plan_may_have_been_made_elsewhere(candidate, kernel):
     tuned, args = auto_layout(f, plan=plan), (normal(4, 1, 8, 8, 8), normal(5, 3, 3, 8, 8))
     assert tuned.outcome(*args).source == "pinned"
     np.testing.assert_allclose(tuned(*args), f(*args), rtol=1e-4, atol=1e-4)
+
+
+def test_ruled_out_with_all_that_need_as_much(costs, monkeypatch):
+    """Memory is short because of a lowering, and its twin would be no better."""
+    found = {"hungry": (1e3, 1000), "twin": (2e3, 1000), "modest": (3e3, 10), "xla": (1e9, 2000)}
+    toys = {name: type(name, (Toy,), {"name": name})() for name in ("hungry", "twin", "modest")}
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: toys)
+    tried = []
+
+    def measure(jobs, **_):
+        for job in jobs:
+            seen = {way: found.get(way.partition("@")[0], (1.0, 0)) for way in job.alternatives}
+            yield job, {way: replace(measurement(ns), temp_bytes=temp) for way, (ns, temp) in seen.items()}
+
+    def judge(self, plan, least=1.0):
+        tried.append({mode.candidate.lowering for mode in plan.choices.values() if mode.candidate})
+        verdict = Verdict(kept=True, cause="untried", reason="enough")
+        return verdict if "modest" in tried[-1] else replace(verdict, kept=False, cause="memory", tuned_temp=100)
+
+    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(line._Line, "judge", judge)
+    with registered(toys["hungry"]), registered(toys["twin"]), registered(toys["modest"]):
+        assert auto_layout(lambda x, k: conv(x, k)).outcome(X, K).kept
+    assert tried == [{"hungry"}, {"modest"}]
 
 
 def test_what_is_ruled_out_in_vain_is_allowed_again(costs, monkeypatch):
