@@ -1,9 +1,11 @@
-# Needs Python 3.11 or later and nothing else: PYTHON= chooses which one. Each version of Python has an environment of
-# its own in .venv/, made at the first use and brought up to date whenever pyproject.toml has changed.
+# Needs Python 3.11 or later and nothing else: PYTHON= chooses which one, JAX= which version of jax (`make test
+# PYTHON=python3.12 JAX=0.11.2`), or else the newest that this Python can have. Each pair has an environment of its own in
+# .venv/, made at the first use and brought up to date whenever pyproject.toml has changed.
 
 PYTHON ?= python3
+JAX ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
-VENV := .venv/$(VERSION)
+VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead noise table remote plot
 
@@ -43,7 +45,7 @@ typecheck: $(VENV)/installed-test
 $(VENV)/installed-%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --editable '.[$*]'
+	$(RUN) pip install --quiet --editable '.[$*]' $(JAX:%=jax==%)
 	@touch $@
 
 clean:

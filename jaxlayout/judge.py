@@ -46,11 +46,11 @@ class Judge:
     def verdict(self, plan: Plan, *, seen: bool, least: float = 1.0) -> Verdict:
         """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured; `least`: how
         many times faster it has to be."""
-        task = self.task
+        task, unfit = self.task, self.task.not_to_be_run
         if plan.trivial and not task.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
         if task.spans:  # to compile it may need the others, too
-            return self._untried(plan, task.not_to_be_run, seen)
+            return self._untried(plan, unfit, seen)
         task.progress.stage("judging")
         with timing_lock(notify=logger.info):
             with Workers(1) as pool:  # beside the original, the first time
@@ -63,7 +63,7 @@ class Judge:
                 after, split = compiling.result()
             except Exception as error:
                 return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
-            trial = None if task.not_to_be_run else self.trial_arguments
+            trial = None if unfit else self.trial_arguments
             if split is not None and trial is not None:
                 after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
             verdict = accept(
@@ -76,7 +76,7 @@ class Judge:
                 least=least,
                 relax=task.options.relax,
             )
-        return self._untried(plan, task.not_to_be_run, seen) if task.not_to_be_run and verdict.kept else verdict
+        return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
 
     @cached_property
     def original(self) -> Compiled:

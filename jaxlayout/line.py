@@ -150,7 +150,7 @@ def decide(
         outcome = line.run()
         for extra in line.option_sets if line.may_choose(outcome) else ():
             outcome = line.under(extra, outcome)
-        outcome = replace(outcome, seconds=time.monotonic() - start, folded=written is not None)
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=line.task.folded)
         if not stop.is_set():
             line.store(outcome)
         return outcome

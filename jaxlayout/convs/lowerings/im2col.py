@@ -10,6 +10,7 @@ from jax import lax
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.lowerings.dot import contract
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.convs.views import stacked_views
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 MAX_BYTES = 16 * 2**20
@@ -62,12 +63,9 @@ class Im2col(Lowering):
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if conv.is_kernel_gradient:
-            rows = _stacked(conv, dims, lhs, by_position=True)
-            rows = lax.reshape(rows, (*lhs.shape[:1], *conv.kernel, math.prod(conv.out_spatial) * conv.batch))
-            summed = tuple(range(lhs.ndim - 1))
-            dims_summed = (summed, summed), ((), ())
-            out = lax.dot_general(rows, prepared, dims_summed, conv.precision, conv.preferred_element_type)
-            return lax.reshape(out, conv.out_shape(dims.out))
+            rows, summed = stacked_views(conv, dims, lhs, by_position=True), tuple(range(lhs.ndim - 1))
+            over = (summed, summed), ((), ())
+            return lax.dot_general(rows, prepared, over, conv.precision, conv.preferred_element_type)
         return contract(conv, dims, patches(conv, dims, lhs), prepared, int(not dims.lhs.is_channels_last))
 
 
@@ -78,24 +76,4 @@ def patches(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array) -> 
     shape = replace(conv, out_features=conv.contraction).out_shape(dims.lhs)
     if 0 in conv.out_spatial:  # a slice needs somewhere to stop
         return lax.full(shape, 0, lhs.dtype)
-    return lax.reshape(_stacked(conv, dims, lhs, by_position=False), shape)
-
-
-def _stacked(conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, *, by_position: bool) -> jax.Array:
-    """lhs, padded, as each tap meets it at all positions of out, the taps as axes of their own beside the features;
-    `by_position`: as each position of out meets it at all taps. One axis after the other, the last first: a slice for
-    each tap of an axis is far less to compile, and no slower, than one for each tap of the kernel."""
-    starts, starting, steps, sizes = conv.kernel, conv.rhs_dilation, conv.strides, conv.out_spatial
-    if by_position:
-        starts, starting, steps, sizes = conv.out_spatial, conv.strides, conv.rhs_dilation, conv.kernel
-    first = dims.lhs.axes[-1] in dims.lhs.spatial
-    to = 2 if first else lhs.ndim - 1
-    for i in reversed(range(conv.rank)):
-        axis = dims.lhs.axes.index(dims.lhs.spatial[i]) + (conv.rank - 1 - i) * first
-        padding = [(*conv.padding[i], 0) if at == axis else (0, 0, 0) for at in range(lhs.ndim)]
-        lhs = lax.pad(lhs, lax.full((), 0, lhs.dtype), padding)
-        reach = (sizes[i] - 1) * steps[i] + 1
-        every = [j * starting[i] for j in range(starts[i])]
-        views = [lax.slice_in_dim(lhs, start, start + reach, steps[i], axis) for start in every]
-        lhs = lax.concatenate([lax.expand_dims(view, (to,)) for view in views], to)
-    return lhs
+    return lax.reshape(stacked_views(conv, dims, lhs, by_position=False), shape)
