@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -93,13 +94,15 @@ def accept(
     timed: bool = True,
     least: float = 1.0,
     relax: float = 1.0,
+    turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `args`: None where they must not be run; only memory and collectives are compared then.
     `contraction`: products summed along the longest way through the function, for the accuracy bound.
     `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
-    many times faster it has to be. `relax`: multiplies the error allowed.
+    many times faster it has to be. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and
+    at no other time.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     temps: dict[str, Any] = {}
@@ -130,7 +133,8 @@ def accept(
     if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * _timed(before, args)[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
-    return _race(before, after, args, least, (first, second), temps)
+    with turn():
+        return _race(before, after, args, least, min(first, second) >= WARM_NS, temps)
 
 
 _COLLECTIVES = (
@@ -164,17 +168,14 @@ def more_collectives(before: Any, after: Any) -> str:
     return ""
 
 
-def _race(
-    before: Any, after: Any, args: Sequence[Any], least: float, first_run: tuple[float, float], seen: dict[str, Any]
-) -> Verdict:
+def _race(before: Any, after: Any, args: Sequence[Any], least: float, warm: bool, seen: dict[str, Any]) -> Verdict:
     """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test, or in the first few by
-    so much that no noise explains it. Runs so long that warming up does not count make a pair from the first."""
-    long = min(first_run) >= WARM_NS
-    olds, news = ([first_run[0]], [first_run[1]]) if long else ([], [])
+    so much that no noise explains it. `warm`: whether both are so long that warming up does not count."""
+    olds, news = [], []
     stop = time.monotonic() + TRIAL_SECONDS
     ahead = 0
     inner = 1
-    for n in range(len(olds), MAX_PAIRS + 1):
+    for n in range(int(warm), MAX_PAIRS + 1):
         first, second = (before, after) if n % 2 == 0 else (after, before)
         times = _sample(first, args, inner), _sample(second, args, inner)
         old, new = times if n % 2 == 0 else times[::-1]

@@ -6,6 +6,7 @@ made to come out in the rewritten function's favour where it matters.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -40,10 +41,11 @@ from jaxlayout import (
     auto_layout,
     line,
 )
-from jaxlayout.accept import MAX_TOLERANCE, Verdict, compare, draws, liveliest
+from jaxlayout.accept import MAX_TOLERANCE, Verdict, accept, compare, draws, liveliest
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
+from jaxlayout.costs.measure import compile_in
 from jaxlayout.costs.table import ENVIRONMENT
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.fit import check_fit
@@ -834,6 +836,29 @@ def test_verdict_by_timing(costs, monkeypatch):
     order.clear()
     outcome = auto_layout(lambda x, k: conv(x, k) + 2).outcome(X, K)
     assert not outcome.kept and outcome.verdict.reason.startswith("not faster")
+
+
+def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monkeypatch):
+    seen = []
+
+    @contextmanager
+    def turn():
+        seen.append("taken")
+        yield
+        seen.append("given back")
+
+    def told(name, real):
+        return lambda *args: seen.append(name) or real(*args)
+
+    monkeypatch.setattr("jaxlayout.accept.compare", told("compared", compare))
+    monkeypatch.setattr("jaxlayout.accept._sample", told("timed", lambda *_: 1e6))
+    before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
+    rest = {"contraction": 1.0, "memory_limit": 1.0, "turn": turn}
+    assert accept(before, after, [X], **rest).cause == "time"
+    assert [name for name, _ in itertools.groupby(seen)] == ["compared", "taken", "timed", "given back"]
+    seen.clear()
+    assert accept(before, after, [X], timed=False, **rest).kept
+    assert seen == ["compared"]
 
 
 # Plans
