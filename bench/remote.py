@@ -38,9 +38,9 @@ from bench.rows import Row, write_rows
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import Job, conv_job, measure, transpose_job
 from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
+from jaxlayout.costs.turns import Turns
 from jaxlayout.threads import default_device
 
 ASLEEP = 0.05
@@ -71,11 +71,11 @@ def transposes(count: int) -> list[Job]:
 
 @dataclass(frozen=True, slots=True)
 class Asleep:
-    """In the place of a `Request`: holds the timing lock of its machine for a while."""
+    """In the place of a `Request`: has the turn to time on its machine for a while."""
 
     def __call__(self) -> Reply:
         start = time.monotonic()
-        with timing_lock():
+        with Turns().timing():
             time.sleep(ASLEEP)
         return Reply("asleep", {}, "", time.monotonic() - start)
 
@@ -132,8 +132,7 @@ def dask(workers: int) -> Iterator[Executor]:
 def here(jobs: Sequence[Job]) -> Row:
     """Measured in this process."""
     start = time.monotonic()
-    with timing_lock():
-        found = list(measure(jobs, device=default_device()))
+    found = list(measure(jobs, device=default_device()))
     assert len(found) == len(jobs)
     seconds = time.monotonic() - start
     return {"workers": 0, "jobs": len(jobs), "seconds": seconds, "jobs_per_s": len(jobs) / seconds}

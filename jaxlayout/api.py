@@ -12,7 +12,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, overload
@@ -23,13 +23,15 @@ from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, open_jaxpr
 from jaxlayout.convs.signature import Context
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.derived import Measured
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import of_arguments, placement, placements, spans_processes
 from jaxlayout.line import cost_model, decide
+from jaxlayout.nesting import inside, within
 from jaxlayout.options import Options
-from jaxlayout.outcome import Outcome, untouched
+from jaxlayout.outcome import Outcome, postponed, untouched
 from jaxlayout.processes import agreed, all_take_part
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
@@ -102,15 +104,22 @@ class AutoLayout:
         self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **told)
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
+        self._plain: Any = jax.jit(self._fun, **told)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
-            return self._decided(lambda: self._entry_for(args, kwargs)(*args, **kwargs))
+            return self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
         finally:
             self._call.arguments = None
+
+    def _is_part(self) -> bool:
+        """Whether the call is part of something that is being tuned as a whole: then the convolutions are that one's.
+        What this function was told to do without measuring it does there too, but not where candidates are compared."""
+        where = inside()
+        return where == "tuning" or (where == "traced" and self.options.policy == "auto" and self.pinned is None)
 
     def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a call runs. JAX traces anew for other shapes, not for arrays that lie otherwise among devices."""
@@ -165,12 +174,12 @@ class AutoLayout:
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
         with self._calling(args, kwargs, run=False):
-            return self._decided(lambda: self._entry_for(args, kwargs).trace(*args, **kwargs))
+            return self._decided(lambda jitted: jitted.trace(*args, **kwargs), args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
         with self._calling(args, kwargs, run=False):
-            return self._decided(lambda: self._entry_for(args, kwargs).lower(*args, **kwargs))
+            return self._decided(lambda jitted: jitted.lower(*args, **kwargs), args, kwargs)
 
     @contextmanager
     def _calling(
@@ -183,24 +192,27 @@ class AutoLayout:
         finally:
             self._call.arguments, self._call.executor, self._call.run = None, None, True
 
-    def _decided(self, run: Callable[[], Any]) -> Any:
-        """What `run` gives, once the compiler options are settled."""
+    def _decided(self, run: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `run` gives of the jit for such a call, once the compiler options are settled; of plain `jax.jit` where
+        there was no turn to measure."""
         while True:
             try:
-                return run()
+                return run(self._entry_for(args, kwargs))
             except _CompileWith as wanted:
                 self._compile_with(wanted.options)
+            except NoTurn as late:
+                postponed(self._name, late)
+                return run(self._plain)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
-        return jax.jit(self._fun, **self._told).eval_shape(*args, **kwargs)
+        return self._plain.eval_shape(*args, **kwargs)
 
     def clear_cache(self) -> None:
         """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
-        for entry in (self._entry, *self._placed.values()):
-            entry.clear_cache()
-        self._traced.clear_cache()
-        self._nested.clear_cache()
+        every = (self._entry, *self._placed.values(), self._traced, self._nested, self._plain)
+        for jitted in every:
+            jitted.clear_cache()
 
     def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from, tuning if need be."""
@@ -262,14 +274,15 @@ class AutoLayout:
         @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
             config: Any = jax.config
-            plain = self.options.policy == "off" and seen is None
+            plain = seen is None and (self.options.policy == "off" or self._is_part())
             if plain or config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
             flat, out_trees = flat_function(lambda given: fun(*given[0], **given[1]), leaves, tree, places)
             arrays = [leaves[i] for i in places]
-            jaxpr = jax.make_jaxpr(flat)(*arrays)
+            with within("traced") if self.options.policy == "auto" else nullcontext():
+                jaxpr = jax.make_jaxpr(flat)(*arrays)
             given = self._given(tree, places) if context == "entry" else None
             shardings = None if given is None else placements(given, told_shardings(fun, self._told, args, kwargs))
             real = given is not None and getattr(self._call, "run", True) and all(map(is_real, given))
@@ -280,7 +293,12 @@ class AutoLayout:
                 jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
                 concrete = shardings = None
             choose = (decides or seen is not None) and self._options != {}
-            outcome = self._tuned(jaxpr, concrete, shardings, context, choose_options=choose)
+            try:
+                outcome = self._tuned(jaxpr, concrete, shardings, context, choose_options=choose)
+            except NoTurn as late:
+                if decides:
+                    raise
+                outcome = postponed(self._name, late)
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if seen is not None:
@@ -346,13 +364,17 @@ class AutoLayout:
 
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
-        with self._tuning:
+        if not self._tuning.acquire(timeout=min(self.options.lock_timeout, threading.TIMEOUT_MAX)):
+            raise NoTurn(f"another thread was still tuning {self._name} after {self.options.lock_timeout:g} s")
+        try:
             work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
             try:
                 return apart(work, device_of(args or ()))
             except KeyboardInterrupt:
                 kept = "what was measured is kept, and the next call goes on from there"
                 raise KeyboardInterrupt(f"tuning {self._name} was interrupted; {kept}") from None
+        finally:
+            self._tuning.release()
 
 
 def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:

@@ -14,8 +14,10 @@ import jax
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import tuned_conv
 from jaxlayout.convs.signature import written_order
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.rules import is_placed
 from jaxlayout.line import TableMiss, choose
+from jaxlayout.nesting import inside
 from jaxlayout.options import Options
 from jaxlayout.progress import progress_bar
 from jaxlayout.threads import apart
@@ -39,7 +41,7 @@ class Measured:
         alone = self.options.policy != "auto" or jax.process_count() == 1
         symbolic = not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))
         elsewhere = tuple(platforms) != (jax.default_backend(),)
-        if not alone or symbolic or elsewhere or is_placed(params):
+        if inside() == "tuning" or not alone or symbolic or elsewhere or is_placed(params):
             return written
         params = dict(params) | {name: None for name in ("out_sharding",) if name in params}  # a mesh, and nothing else
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)]
@@ -54,6 +56,9 @@ class Measured:
             return apart(work)
         except (TableMiss, Warning):
             raise
+        except NoTurn as error:
+            logger.warning("a derived convolution stays as it is: %s", error)
+            return written
         except Exception:
             logger.warning("a derived convolution stays as it is", exc_info=True)
             return written

@@ -15,9 +15,11 @@ from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, unspecified_sharding
 from jaxlayout.convs.signature import Context
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import placement, placements, spans_processes
-from jaxlayout.outcome import Outcome
+from jaxlayout.nesting import inside
+from jaxlayout.outcome import Outcome, postponed
 from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.retrace import retrace
@@ -41,6 +43,8 @@ class _Prepared:
     kept: tuple[jax.Array, ...]
     outcome: Outcome
     explanation: Callable[[], Explanation]
+    final: bool
+    """Whether that serves later calls, too: not where there was no turn to measure."""
 
 
 class Frozen:
@@ -125,7 +129,8 @@ class Frozen:
             self._refuse_again(len(args), kwargs)
             self._static[tree] = self._marked("static", args, kwargs, self._count)
         static = self._static[tree]
-        if self._is_traced or config.jax_disable_jit or self._layout.options.policy == "off":
+        plain = config.jax_disable_jit or self._layout.options.policy == "off" or inside() == "tuning"
+        if self._is_traced or plain:
             return None, []
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
@@ -140,6 +145,8 @@ class Frozen:
             made = self._prepare(args, kwargs, "nested" if nested else "entry", whole)
             if made is None:
                 return None, []
+            if not made.final:
+                return made, rest
             self._prepared[key] = made
         return self._prepared[key], rest
 
@@ -174,11 +181,14 @@ class Frozen:
         judged = self._layout.options.policy == "auto" and not spans_processes(shardings or ())
         program = fold(jaxpr, frozen, arrays) if judged else jaxpr
         choose = context == "entry" and not whole
-        written = None if program is jaxpr else jaxpr
-        outcome = self._layout._tuned(program, concrete, shardings, context, frozen, written, choose)
-        if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
-            program = jaxpr
-            outcome = self._layout._tuned(program, concrete, shardings, context, frozen, None, choose)
+        written, final = None if program is jaxpr else jaxpr, True
+        try:
+            outcome = self._layout._tuned(program, concrete, shardings, context, frozen, written, choose)
+            if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
+                program = jaxpr
+                outcome = self._layout._tuned(program, concrete, shardings, context, frozen, None, choose)
+        except NoTurn as late:
+            outcome, final = postponed(self._layout._name, late), False
 
         picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
@@ -202,7 +212,8 @@ class Frozen:
         seen = device_of(concrete or ()), context, frozen, shardings
         explanation = partial(self._layout._explained, program, outcome, *seen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
-            return _Prepared(run=run, kept=workers.submit(prepare).result(), outcome=outcome, explanation=explanation)
+            kept = workers.submit(prepare).result()
+        return _Prepared(run=run, kept=kept, outcome=outcome, explanation=explanation, final=final)
 
     def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         held, named = jax.tree.unflatten(self._tree, self._leaves)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,8 +16,8 @@ from jaxlayout._compat import eval_equations, open_jaxpr
 from jaxlayout.accept import Verdict, accept, draws, liveliest
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import Compiled, CompilerOptions, compile_in
+from jaxlayout.costs.turns import Turns
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules.base import Body, bodies_of
 from jaxlayout.program import needs_real_arguments
@@ -27,19 +26,18 @@ from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.task import Task
 from jaxlayout.threads import Workers
 
-logger = logging.getLogger("jaxlayout")
-
 
 class Judge:
     """Compiles and runs the original of a task once, and each program that it is held against."""
 
-    def __init__(self, task: Task, compiler_options: CompilerOptions):
-        """`compiler_options`: of the programs under a plan; the original has those that the user told."""
-        self.task, self.compiler_options = task, compiler_options
+    def __init__(self, task: Task, compiler_options: CompilerOptions, turns: Turns):
+        """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
+        stands in line to time."""
+        self.task, self.compiler_options, self.turns = task, compiler_options, turns
 
     def under(self, compiler_options: CompilerOptions) -> Judge:
         """The same with other compiler options."""
-        other = Judge(self.task, compiler_options)
+        other = Judge(self.task, compiler_options, self.turns)
         other.original, other.trial_arguments = self.original, self.trial_arguments
         return other
 
@@ -52,30 +50,31 @@ class Judge:
         if task.spans:  # to compile it may need the others, too
             return self._untried(plan, unfit, seen)
         task.progress.stage("judging")
-        with timing_lock(notify=logger.info):
-            with Workers(1) as pool:  # beside the original, the first time
-                compiling = pool.submit(self._rewritten, plan)
-                try:
-                    before = self.original
-                except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
-                    return self._untried(plan, f"it cannot stand alone: {error}", seen)
+        self.turns.pause()
+        with Workers(1) as pool:  # beside the original, the first time
+            compiling = pool.submit(self._rewritten, plan)
             try:
-                after, split = compiling.result()
-            except Exception as error:
-                return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
-            trial = None if unfit else self.trial_arguments
-            if split is not None and trial is not None:
-                after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
-            verdict = accept(
-                before,
-                after,
-                trial,
-                contraction=contraction(task.jaxpr),
-                memory_limit=task.options.memory_limit,
-                timed=task.options.verdict,
-                least=least,
-                relax=task.options.relax,
-            )
+                before = self.original
+            except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
+                return self._untried(plan, f"it cannot stand alone: {error}", seen)
+        try:
+            after, split = compiling.result()
+        except Exception as error:
+            return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
+        trial = None if unfit else self.trial_arguments
+        if split is not None and trial is not None:
+            after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
+        verdict = accept(
+            before,
+            after,
+            trial,
+            contraction=contraction(task.jaxpr),
+            memory_limit=task.options.memory_limit,
+            timed=task.options.verdict,
+            least=least,
+            relax=task.options.relax,
+            turn=self.turns.timing,
+        )
         return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
 
     @cached_property

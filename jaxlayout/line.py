@@ -7,9 +7,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -25,12 +25,12 @@ from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import Environment, current_environment
-from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.remote import Request, measure_elsewhere
 from jaxlayout.costs.table import CostTable
+from jaxlayout.costs.turns import NoTurn, Turns
 from jaxlayout.forced import force
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
 from jaxlayout.graph.fit import check_fit
@@ -79,7 +79,7 @@ class Budget:
 
     @contextmanager
     def spending(self) -> Iterator[None]:
-        """Counts the time of a `with` block (one at a time: under the timing lock)."""
+        """Counts the time of a `with` block."""
         self._since = time.monotonic()
         try:
             yield
@@ -122,9 +122,9 @@ def decide(
     it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
     `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
     A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
-    elsewhere. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit;
-    whatever else goes wrong leaves the program as it is, with the reason. Under the policy 'channels_last' nothing is
-    measured, judged, or asked of the table; 'off' wins over a pinned plan.
+    elsewhere. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit, NoTurn where others timed
+    for too long; whatever else goes wrong leaves the program as it is, with the reason. Under the policy
+    'channels_last' nothing is measured, judged, or asked of the table; 'off' wins over a pinned plan.
     """
     if options.policy == "off":
         return untouched("it is switched off: policy 'off'")
@@ -148,13 +148,15 @@ def decide(
         if (stored := line.stored()) is not None:
             return stored
         outcome = line.run()
+        if outcome.source == "stored":
+            return outcome
         for extra in line.option_sets if line.may_choose(outcome) else ():
             outcome = line.under(extra, outcome)
         outcome = replace(outcome, seconds=time.monotonic() - start, folded=line.task.folded)
         if not stop.is_set():
             line.store(outcome)
         return outcome
-    except (TableMiss, Warning):  # a warning is an exception where the user made it one
+    except (TableMiss, NoTurn, Warning):  # a warning is an exception where the user made it one
         raise
     except Exception as error:
         logger.warning("tuning failed, the program stays as it is", exc_info=True)
@@ -164,7 +166,7 @@ def decide(
 def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
     """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
     by measuring, not judged, or as the policy has it; the empty one where that cannot be known. Raises TableMiss if
-    asked to."""
+    asked to, and NoTurn."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
     line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
@@ -197,7 +199,11 @@ class _Line:
         self.context: Context = task.context
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
-        self.judging = Judge(task, task.told) if without is None else without.judging.under(self.compiler_options)
+        self.turns = Turns(self.options.lock_timeout, self.stop)
+        if without is None:
+            self.judging = Judge(task, task.told, self.turns)
+        else:
+            self.judging = without.judging.under(self.compiler_options)
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
@@ -291,6 +297,8 @@ class _Line:
         timed = self.measure("convolutions", missing)
         self.complete = timed == len(missing)
         timed += self.measure("other equations", self.model.missing_works(graph))
+        if timed and (stored := self.stored()) is not None:
+            return stored  # another process was ahead with the same
         outcome, refused, least = untouched("tuning was interrupted"), "", np.inf
         suspects, innocent = set[tuple[str, str]](), set[tuple[str, str]]()
         for price in MEMORY_PRICES:
@@ -363,8 +371,8 @@ class _Line:
         if self.task.executor is not None:  # its workers may be of this machine, and take the lock
             with process_budget.spending():
                 self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
-        with timing_lock(notify=logger.info), process_budget.spending():
-            left = [job for job in jobs if not self.model.learned(job)]  # while this waited for the lock
+        left = [job for job in jobs if not self.model.learned(job)]  # by others, or just now elsewhere
+        with process_budget.spending():
             here = measure(
                 left,
                 device=self.device,
@@ -372,19 +380,22 @@ class _Line:
                 relax=self.options.relax,
                 compiler_options=self.compiler_options,
                 peaks=self.model.peaks(self.device, self.compiler_options),
+                turns=self.turns,
+                known=self.model.learned,
             )
             done = len(jobs) - len(left) + self.keep(here)
         if done < len(jobs):
             logger.info("%d of %d %s measured, then stopped", done, len(jobs), what)
         return done
 
-    def keep(self, measured: Iterator[tuple[Job, dict[str, Measurement]]]) -> int:
+    def keep(self, measured: Generator[tuple[Job, dict[str, Measurement]]]) -> int:
         """Enter what is measured into the table, until time is up. Gives how many jobs were."""
         done = 0
-        while not self.out_of_time() and (one := next(measured, None)) is not None:
-            self.model.record(one[0].key, one[1])
-            self.progress.step()
-            done += 1
+        with closing(measured):  # which may hold the turn to time
+            while not self.out_of_time() and (one := next(measured, None)) is not None:
+                self.model.record(one[0].key, one[1])
+                self.progress.step()
+                done += 1
         return done
 
     @cached_property

@@ -27,6 +27,9 @@ class Options:
     that."""
     verdict: bool = True
     """Whether the whole rewritten function must also be timed faster than the original."""
+    lock_timeout: float = 300.0
+    """Seconds to wait for a turn at timing, which one process or thread of a machine has at a time. After that the call
+    goes on as `jax.jit` would, and the next call tries again."""
     table: str | None = None
     """The cost table's file; None for `table.sqlite` in the user's cache folder, ':memory:' for none."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxlayout.accept import Verdict
 from jaxlayout.checked import flag, integer, number, one_of, shown
 from jaxlayout.graph.plan import Plan
+
+logger = logging.getLogger("jaxlayout")
 
 SOURCES = ("measured", "stored", "pinned", "nearest", "heuristic", "forced", "none")
 
@@ -61,3 +64,9 @@ class Outcome:
 def untouched(reason: str, cause: str = "untried") -> Outcome:
     """The outcome for a program that is left as it is."""
     return Outcome(plan=Plan(), verdict=Verdict(kept=False, reason=reason, cause=cause), source="none")
+
+
+def postponed(name: str, late: Exception) -> Outcome:
+    """The outcome of a call that had no turn to measure; the log says so."""
+    logger.warning("%s is not tuned this time, and the next call tries again: %s", name, late)
+    return untouched(f"not tuned this time: {late}")

@@ -12,10 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.line import TableMiss
 from jaxlayout.outcome import Outcome
 from jaxlayout.threads import Workers
 
+_KINDS = {"miss": TableMiss, "turn": NoTurn}
+"""What is raised in all processes as what it is."""
 HEARTBEAT = 10.0
 """Seconds after which process 0 tells the others that it is still at work: some runtimes give up on who is silent."""
 
@@ -28,7 +31,7 @@ def all_take_part(shardings: Sequence[Any]) -> bool:
 
 def agreed(decide: Callable[[], Outcome], stop: threading.Event) -> Outcome:
     """What `decide` gives in process 0; all processes have to call this. What it raises there is raised in all: as it
-    is in process 0, as TableMiss or RuntimeError in the others. `stop`: set where process 0 is interrupted."""
+    is in process 0, as TableMiss, NoTurn or RuntimeError in the others. `stop`: set where process 0 is interrupted."""
     if jax.process_index() != 0:
         while not (message := _exchanged(b"")):
             pass
@@ -43,7 +46,8 @@ def agreed(decide: Callable[[], Outcome], stop: threading.Event) -> Outcome:
     if error is None:
         said = {"outcome": deciding.result().to_json()}
     else:
-        said = {"error": repr(error), "kind": "miss" if isinstance(error, TableMiss) else "other"}
+        kind = next((name for name, kind in _KINDS.items() if isinstance(error, kind)), "other")
+        said = {"error": repr(error), "kind": kind}
     _exchanged(json.dumps(said).encode())
     if error is not None:
         raise error
@@ -64,4 +68,4 @@ def _exchanged(message: bytes) -> bytes:
 def _read(said: dict[str, Any]) -> Outcome:
     if "outcome" in said:
         return Outcome.from_json(said["outcome"])
-    raise (TableMiss if said["kind"] == "miss" else RuntimeError)(f"process 0, which decides for all: {said['error']}")
+    raise _KINDS.get(said["kind"], RuntimeError)(f"process 0, which decides for all: {said['error']}")

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from jaxlayout.nesting import within
+
 
 def default_device() -> Any:
     """The device that this thread computes on."""
@@ -57,6 +59,7 @@ class Workers(ThreadPoolExecutor):
                 jax.numpy_dtype_promotion("standard"),
                 jax.numpy_rank_promotion("allow"),
                 jax.transfer_guard("allow"),
+                within("tuning"),
             ):
                 stack.enter_context(setting)
             yield

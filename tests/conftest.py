@@ -50,8 +50,11 @@ def costs(monkeypatch):
     function runs wherever its numbers agree. Gives the keys of the jobs that were asked for."""
     asked = []
 
-    def measure(jobs, **_):
+    def measure(jobs, known, **_):
         for job in jobs:
+            if known(job):
+                yield job, {}
+                continue
             asked.append(job.key)
             written, *others = job.alternatives
             ns = {name: (1e3 if name.startswith("xla@") else 1e4) + i for i, name in enumerate(others)}

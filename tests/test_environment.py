@@ -1,21 +1,17 @@
-"""The fingerprint that keys the cost table, and the lock that keeps timing to one process of a machine."""
+"""The fingerprint that keys the cost table."""
 
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import jax
 import pytest
 
-from jaxlayout.costs import environment, lock
+from jaxlayout.costs import environment
 from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.lock import timing_lock
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,134 +117,3 @@ except RuntimeError as error:
     print("as it should be")
 """
     assert run(script) == "as it should be"
-
-
-# The lock
-
-
-@pytest.fixture(autouse=True)
-def own_lock_file(monkeypatch, tmp_path):
-    """The tests do not wait for someone who really is timing."""
-    monkeypatch.setattr(lock, "timing_lock_path", lambda: tmp_path / "timing.lock")
-
-
-def holder(path: Path, inside: str = "", after: str = "") -> subprocess.Popen[str]:
-    """Another process, timing until it gets a line."""
-    script = f"""
-import os, sys, time
-from jaxlayout.costs import lock
-lock.timing_lock_path = lambda: {str(path)!r}
-with lock.timing_lock():
-    print(os.getpid(), flush=True)
-    {inside}
-    sys.stdin.readline()
-{after}
-"""
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout and process.stdout.readline() == f"{process.pid}\n"
-    return process
-
-
-def test_the_lock_file_is_the_users():
-    assert run("from jaxlayout.costs import lock; print(lock.timing_lock_path())", TMPDIR="/tmp").endswith(
-        f"jaxlayout-timing-{os.getuid() if hasattr(os, 'getuid') else 'user'}.lock"
-    )
-
-
-@pytest.mark.skipif(lock.fcntl is None, reason="needs fcntl")
-def test_one_process_times_at_a_time(tmp_path):
-    other, told = holder(tmp_path / "timing.lock"), []
-    with (
-        pytest.raises(TimeoutError, match=f"process {other.pid} was still timing"),
-        timing_lock(0.3, told.append),
-    ):
-        pass
-    assert len(told) == 1 and f"process {other.pid} is timing" in told[0]
-    threading.Timer(0.3, lambda: other.communicate("\n")).start()
-    start = time.monotonic()
-    with timing_lock(60):
-        assert time.monotonic() - start > 0.2
-    other.wait(60)
-
-
-@pytest.mark.skipif(lock.fcntl is None, reason="needs fcntl")
-def test_a_killed_process_holds_nothing(tmp_path):
-    other = holder(tmp_path / "timing.lock")
-    other.kill()
-    other.communicate()
-    with timing_lock(5):
-        pass
-
-
-@pytest.mark.skipif(lock.fcntl is None or not hasattr(os, "fork"), reason="needs fcntl and fork")
-def test_a_forked_child_holds_nothing(tmp_path):
-    """Neither while its parent does, nor does it keep the lock when the parent is done."""
-    inside = """
-    child = os.fork()
-    if child == 0:
-        with lock._threads:
-            assert lock._holder is None
-        try:
-            with lock.timing_lock(0.2): print("inside", flush=True)
-        except TimeoutError:
-            print("outside", flush=True)
-        time.sleep(60)
-    """
-    other = holder(tmp_path / "timing.lock", inside, after="sys.stdin.readline(); os.kill(child, 9)")
-    assert other.stdout and other.stdin and other.stdout.readline() == "outside\n"
-    other.stdin.write("\n")
-    other.stdin.flush()
-    with timing_lock(10):
-        pass
-    other.communicate("\n")
-
-
-def test_the_lock_is_re_entrant_within_a_thread_and_excludes_others():
-    order = []
-
-    def other() -> None:
-        with pytest.raises(TimeoutError, match="another thread"), timing_lock(0.1):
-            order.append("never")
-        with timing_lock(30, lambda message: order.append("waiting")):
-            order.append("other")
-
-    thread = threading.Thread(target=other)
-    with timing_lock():
-        with timing_lock(0):
-            order.append("nested")
-        thread.start()
-        while "waiting" not in order:
-            time.sleep(0.01)
-        order.append("first")
-    thread.join()
-    assert order == ["nested", "waiting", "first", "other"]
-
-
-@pytest.mark.skipif(lock.fcntl is None, reason="needs fcntl")
-def test_ctrl_c_while_waiting_and_while_timing(tmp_path):
-    other = holder(tmp_path / "timing.lock")
-    interrupt = threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt), timing_lock():
-        pass
-    other.communicate("\n")
-    with pytest.raises(KeyboardInterrupt), timing_lock(5):
-        raise KeyboardInterrupt
-    with timing_lock(5):
-        assert lock._holder == os.getpid()
-    assert lock._holder is None
-    again = holder(tmp_path / "timing.lock")  # another process can have it too
-    again.communicate("\n")
-
-
-def test_where_files_cannot_be_locked_it_goes_on_and_says_so(monkeypatch, tmp_path, caplog):
-    caplog.set_level("INFO")
-    (tmp_path / "file").touch()
-    monkeypatch.setattr(lock, "timing_lock_path", lambda: tmp_path / "file" / "lock")
-    with timing_lock(0):
-        assert "not locked against other processes" in caplog.text
-    monkeypatch.setattr(lock, "fcntl", None)
-    caplog.clear()
-    with timing_lock(0):
-        assert "no fcntl" in caplog.text

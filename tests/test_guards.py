@@ -551,14 +551,14 @@ def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
     known = list(costs)
     path = os.environ["JAXLAYOUT_TABLE"]
 
-    @contextmanager
-    def waiting(**_):
+    def waiting(jobs, **more):
         table().import_json(exported)
-        yield
+        return measured(jobs, **more)
 
+    measured = line.measure
     exported = Path(path).with_name("exported.json")
     table().export_json(exported)
-    monkeypatch.setattr(line, "timing_lock", waiting)
+    monkeypatch.setattr(line, "measure", waiting)
     f = auto_layout(conv, table=Path(path).with_name("another.sqlite"))
     monkeypatch.setenv("JAXLAYOUT_TABLE", str(Path(path).with_name("another.sqlite")))
     np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)

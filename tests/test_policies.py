@@ -127,7 +127,7 @@ def unmeasured(monkeypatch):
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("touched")
 
-    for name in ("line.measure", "line.open_table", "line.timing_lock", "judge.accept", "judge.timing_lock"):
+    for name in ("line.measure", "line.open_table", "line.Turns", "judge.accept"):
         monkeypatch.setattr(f"jaxlayout.{name}", refuse)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()

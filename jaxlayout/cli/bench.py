@@ -50,7 +50,7 @@ def _bench(given: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxlayout.costs.lock import timing_lock
+    from jaxlayout.costs.turns import Turns
     from jaxlayout.timing import paired
 
     fun, args, kwargs = target_of(given)
@@ -59,7 +59,7 @@ def _bench(given: argparse.Namespace) -> int:
     outcome = tuned.outcome(*args, **kwargs)
     for side in (plain, tuned):  # before the lock, which tuning takes in a thread of its own
         jax.block_until_ready(side(*args, **kwargs))
-    with timing_lock():
+    with Turns().timing():
         seen = paired(
             lambda: plain(*args, **kwargs), lambda: tuned(*args, **kwargs), pairs=given.pairs, seconds=given.seconds
         )

@@ -49,12 +49,12 @@ class Noise:
 
 def noise(seconds: float) -> Finding:
     """How steady times are on this machine, now."""
-    from jaxlayout.costs.lock import timing_lock
+    from jaxlayout.costs.turns import NoTurn, Turns
 
     try:
-        with timing_lock(timeout=LOCK_SECONDS):
+        with Turns(LOCK_SECONDS).timing():
             seen = measured_noise(seconds)
-    except TimeoutError as error:
+    except NoTurn as error:
         return Finding("noise", "note", f"not measured: {error}", "One process of a machine times at a time.")
     return judged(seen)
 

@@ -19,6 +19,7 @@ from jax import lax
 
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
+from jaxlayout.nesting import within
 
 Convolve = Callable[[ConvSignature, ConvDimensionNumbers, jax.Array, jax.Array], jax.Array]
 """Computes one of the smaller convolutions of a composite."""
@@ -218,7 +219,8 @@ def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: ja
     and lowered once for many equal ones."""
     parts = tuple(map(lowering_named, name.split("/")))  # themselves, as a name may come to mean another
     run = _evaluate if name == "xla" else _call(name)
-    return run(name, parts, conv, dims, lhs, rhs)
+    with within("tuning"):  # somebody may have decorated what a lowering is made of: JAX's own convolution, say
+        return run(name, parts, conv, dims, lhs, rhs)
 
 
 def _evaluate(

@@ -1,13 +1,10 @@
-"""Locks between processes: one process of a machine times at a time, one repairs the table at a time."""
+"""A lock between processes: one repairs the table at a time. (Who times stands in line: see `turns`.)"""
 
 import contextlib
 import errno
 import logging
 import math
 import os
-import pathlib
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,47 +18,6 @@ logger = logging.getLogger("jaxlayout")
 POLL_SECONDS = 0.1
 """How often a waiting process looks again. Polling keeps Ctrl-C and timeouts working everywhere."""
 
-_threads = threading.RLock()
-_holder: int | None = None  # the id of this process while one of its threads holds the timing lock
-
-
-def timing_lock_path() -> pathlib.Path:
-    """The file that the processes of this user, on this machine, lock while timing."""
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return pathlib.Path(tempfile.gettempdir()) / f"jaxlayout-timing-{user}.lock"
-
-
-@contextlib.contextmanager
-def timing_lock(timeout: float | None = None, notify: Callable[[str], object] | None = None) -> Iterator[None]:
-    """Holds the right to time on this machine: parallel timing on few cores poisons the table.
-
-    Exclusive among processes of the user and among threads of the process, re-entrant within a thread.
-    `timeout`: seconds to wait, None for as long as it takes; TimeoutError after that. `notify` is called
-    once, with a sentence, when it has to wait. Where files cannot be locked it only excludes threads, and
-    logs so. The system frees the lock of a process that dies.
-    """
-    global _holder
-    deadline = None if timeout is None else time.monotonic() + timeout
-    threads = _threads  # a forked child gets a new one; what was acquired is what is released
-    if not threads.acquire(blocking=False):
-        _tell(notify, "another thread of this process is timing: waiting for it")
-        # In steps, since a lock acquired without a timeout cannot be interrupted on Windows.
-        while not threads.acquire(timeout=min(_left(deadline), POLL_SECONDS)):
-            if _left(deadline) == 0:
-                raise TimeoutError(f"another thread was still timing after {timeout} s")
-    try:
-        if _holder == os.getpid():  # re-entered; a forked child of the holder is not the holder
-            yield
-            return
-        with file_lock(timing_lock_path(), None if timeout is None else _left(deadline), notify, "timing"):
-            _holder = os.getpid()
-            try:
-                yield
-            finally:
-                _holder = None
-    finally:
-        threads.release()
-
 
 @contextlib.contextmanager
 def file_lock(
@@ -70,11 +26,14 @@ def file_lock(
     notify: Callable[[str], object] | None = None,
     what: str = "writing",
 ) -> Iterator[None]:
-    """Holds an exclusive lock on `path`, a file made for this; see `timing_lock` for the arguments.
+    """Holds an exclusive lock on `path`, a file made for this.
 
-    Not re-entrant. The file is left behind: removing it would let two processes lock two files of one name.
+    `timeout`: seconds to wait, None for as long as it takes; TimeoutError after that. `notify` is called once, with a
+    sentence, when it has to wait. Where files cannot be locked it does nothing, and logs so. The system frees the lock
+    of a process that dies. Not re-entrant. The file is left behind: removing it would let two processes lock two files
+    of one name.
     """
-    descriptor = _open(path)
+    descriptor = opened(path)
     if descriptor is None or fcntl is None:
         yield
         return
@@ -106,7 +65,7 @@ def file_lock(
 
 def locks_work(path: str | os.PathLike[str]) -> bool:
     """Whether the file system of `path`, a file made for this, has the locks that SQLite wants; True if not known."""
-    if (descriptor := _open(path)) is None or fcntl is None:
+    if (descriptor := opened(path)) is None or fcntl is None:
         return True
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -117,7 +76,7 @@ def locks_work(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def _open(path: str | os.PathLike[str]) -> int | None:
+def opened(path: str | os.PathLike[str]) -> int | None:
     """A descriptor to lock, or None (logged) where that cannot be."""
     if fcntl is None:
         logger.info("this platform has no fcntl: %s is not locked against other processes", path)
@@ -159,13 +118,3 @@ def _tell(notify: Callable[[str], object] | None, message: str) -> None:
     logger.info(message)
     if notify is not None:
         notify(message)
-
-
-def _reset_in_child() -> None:
-    """A forked child holds nothing: the threads that did are not there any more."""
-    global _threads, _holder
-    _threads, _holder = threading.RLock(), None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_in_child)

@@ -12,7 +12,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,6 +29,7 @@ from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
+from jaxlayout.costs.turns import NoTurn, Turns
 from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
 from jaxlayout.threads import Workers
@@ -272,32 +273,41 @@ def measure(
     relax: float = 1.0,
     compiler_options: CompilerOptions = None,
     peaks: Peaks | None = None,
-) -> Iterator[tuple[Job, dict[str, Measurement]]]:
+    turns: Turns | None = None,
+    known: Callable[[Job], bool] = lambda job: False,
+) -> Generator[tuple[Job, dict[str, Measurement]]]:
     """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
 
     Takes about a tenth of a second to compile an alternative and half a second to time one that stays in the
-    race; one process of a machine should be here at a time. `memory_bytes`: a candidate with more temporary
-    memory is not run. `relax`: multiplies the error allowed. `peaks`: the machine's; without, all are compiled.
+    race. `memory_bytes`: a candidate with more temporary memory is not run. `relax`: multiplies the error allowed.
+    `peaks`: the machine's; without, all are compiled. `turns`: how it stands in line to time; what is given is given in
+    its turn. `known`: whether somebody else has measured a job by now: there are no records of that. Raises NoTurn.
     """
+    turns = turns or Turns()
     with Workers(2) as pool:
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
-            trials = [_Trials(job, device, memory_bytes, relax, peaks) for job in chunk]
+            left = [job for job in chunk if not known(job)]
+            trials = {job.key: _Trials(job, device, memory_bytes, relax, peaks, turns) for job in left}
             for wave in (_Trials.firsts, _Trials.left):
-                under_way = [t.compile(wave(t), pool, compiler_options) for t in trials]
-                for futures in under_way:
+                under_way = [(t, t.compile(wave(t), pool, compiler_options)) for t in trials.values()]
+                for _, futures in under_way:
                     wait(futures.values())
-                for t, futures in zip(trials, under_way, strict=True):
+                for t, futures in under_way:
                     t.enter(futures)
-            for job, t in zip(chunk, trials, strict=True):
-                yield job, t.records()
+            for job in chunk:
+                with turns.timing():
+                    yield job, {} if job.key not in trials or known(job) else trials[job.key].records()
 
 
 class _Trials:
     """The alternatives of a job: inputs drawn for it, those compiled so far, and what became of the others."""
 
-    def __init__(self, job: Job, device: Any, memory_bytes: int | None, relax: float, peaks: Peaks | None):
-        self.job, self.device, self.memory_bytes, self.relax = job, device, memory_bytes, relax
+    def __init__(
+        self, job: Job, device: Any, memory_bytes: int | None, relax: float, peaks: Peaks | None, turns: Turns
+    ):
+        turns.pause()
+        self.job, self.device, self.memory_bytes, self.relax, self.turns = job, device, memory_bytes, relax, turns
         self.peaks = peaks if job.orders is not None else None
         self.arrays, self.error_of = job.inputs()
         self.on_device: dict[tuple[Any, ...], Any] = {}
@@ -320,11 +330,17 @@ class _Trials:
     def compile(self, names: Iterable[str], pool: Executor, options: CompilerOptions) -> dict[str, Future[_Trial]]:
         """Start compiling some alternatives."""
         ways, context = self.job.alternatives, self.job.context
-        return {name: pool.submit(_compile, ways[name], self.args(name), context, options) for name in names}
+
+        def work(name: str) -> _Trial:
+            self.turns.pause()
+            return _compile(ways[name], self.args(name), context, options)
+
+        return {name: pool.submit(work, name) for name in names}
 
     def enter(self, futures: Mapping[str, Future[_Trial]]) -> None:
         """Check what was compiled."""
         for name, future in futures.items():
+            self.turns.pause()
             trial = None
             try:
                 trial = future.result()
@@ -338,6 +354,8 @@ class _Trials:
                 out = trial.warm_up()
                 if self.error_of is not None:
                     trial.error = self.error_of(name, out)
+            except NoTurn:
+                raise
             except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
                 self.known[name] = _failure("failed", repr(error), trial)
                 continue
@@ -363,7 +381,8 @@ class _Trials:
         left = [name for name in self.job.alternatives if name not in {*self.running, *self.known, *self.same}]
         if not left or self.peaks is None or self.job.orders is None:
             return left
-        self.peaks.look()
+        with self.turns.timing():
+            self.peaks.look()
         seen = {self.job.orders(name): trial.first() for name, trial in self.running.items()}
         for name in left:
             least, best = self.peaks.least_ns(*self.job.work(name)), seen.get(self.job.orders(name), np.inf)

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import jax
 
 from jaxlayout.costs.environment import Environment, current_environment
-from jaxlayout.costs.lock import timing_lock
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
 
@@ -44,14 +43,13 @@ class Request:
             device = jax.local_devices()[0]
             if unlike := _differences(self.environment, current_environment(device, dict(self.environment.versions))):
                 return Reply(worker, {}, unlike, time.monotonic() - start)
-            with timing_lock(notify=logger.info):
-                [(_, found)] = measure(
-                    [self.make()],
-                    device=device,
-                    memory_bytes=available_memory(device),
-                    relax=self.relax,
-                    compiler_options=self.compiler_options,
-                )
+            [(_, found)] = measure(
+                [self.make()],
+                device=device,
+                memory_bytes=available_memory(device),
+                relax=self.relax,
+                compiler_options=self.compiler_options,
+            )
         return Reply(worker, found, "", time.monotonic() - start)
 
 
@@ -72,7 +70,7 @@ def measure_elsewhere(
     executor: Executor,
     request: Callable[[Callable[[], Job]], Request],
     stop: Callable[[], bool],
-) -> Iterator[tuple[Job, Records]]:
+) -> Generator[tuple[Job, Records]]:
     """The records of jobs as they come in. One whose worker dies, or is unlike this place, is sent once more; what
     still has no records then is left out. Jobs that cannot travel are left out too. `stop`: asked now and then."""
     pending: dict[Future[Reply], _Sent] = {}
