@@ -10,8 +10,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax import lax
 
+from jaxlayout import auto_layout
 from jaxlayout.costs import turns
 from jaxlayout.costs.turns import NoTurn, Turns
 
@@ -256,3 +261,78 @@ def test_where_files_cannot_be_locked_it_goes_on_and_says_so(monkeypatch, tmp_pa
 
 def test_the_file_is_the_users():
     assert turns.timing_lock_path().name == f"jaxlayout-turns-{os.getuid() if hasattr(os, 'getuid') else 'user'}.lock"
+
+
+# What a call does without a turn
+
+
+def depthwise(x, k):
+    dims = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=8)
+
+
+ARGS = jnp.ones((1, 8, 8, 8)), jnp.ones((3, 3, 1, 8))
+
+
+@needs_fcntl
+@pytest.mark.parametrize("freeze", [False, True])
+def test_a_call_without_a_turn_goes_on_and_the_next_tries_again(freeze, caplog):
+    tuned = auto_layout(depthwise, lock_timeout=0.1, verdict=False)
+    x, k = ARGS
+    f, args = (tuned.freeze(k=k), (x,)) if freeze else (tuned, (x, k))
+    other = timing()
+    for _ in range(2):
+        caplog.clear()
+        np.testing.assert_allclose(f(*args), depthwise(x, k))
+        assert f"depthwise is not tuned this time, and the next call tries again: process {other.pid}" in caplog.text
+    assert f.outcome(*args).verdict.reason.startswith(f"not tuned this time: process {other.pid} was still timing")
+    assert f.trace(*args) is not None
+    caplog.clear()
+    np.testing.assert_allclose(jax.jit(f)(*args), depthwise(x, k))  # traced: it stays so
+    np.testing.assert_allclose(jax.grad(lambda k: f(*args).sum() * k)(1.0), depthwise(x, k).sum())
+    go_on(other)
+    caplog.clear()
+    np.testing.assert_allclose(f(*args), depthwise(x, k), rtol=1e-6)
+    assert f.outcome(*args).source in ("measured", "stored") and "not tuned" not in caplog.text
+
+
+@needs_fcntl
+def test_ctrl_c_while_a_call_waits_for_its_turn():
+    other = timing()
+    with soon(lambda: os.kill(os.getpid(), signal.SIGINT)), pytest.raises(KeyboardInterrupt, match="tuning depthwise"):
+        auto_layout(depthwise)(*ARGS)
+    go_on(other)
+
+
+@needs_fcntl
+def test_processes_that_start_at_once_share_the_jobs():
+    """What one has measured the other has not."""
+    script = """
+import os, sys, logging
+import jax.numpy as jnp
+from jax import lax
+from jaxlayout import auto_layout, line
+def network(x, *kernels):
+    for k in kernels:
+        dims = ("NHWC", "HWIO", "NHWC")
+        x = lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=8)
+    return x
+real, keys = line.measure, []
+def measure(jobs, **more):
+    for job, found in real(jobs, **more):
+        keys.extend([job.key] if found else [])
+        yield job, found
+line.measure = measure
+print(os.getpid(), flush=True)
+sys.stdin.readline()
+kernels = [jnp.ones((n, n, 1, 8)) for n in (1, 2, 3, 4, 5)]
+tuned = auto_layout(network, verdict=False)
+assert tuned(jnp.ones((1, 8, 8, 8)), *kernels).shape == (1, 8, 8, 8)
+print(*(key.replace(" ", "_") for key in keys))
+"""
+    both = [started(script) for _ in range(2)]
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    measured = [process.communicate(timeout=120)[0].split() for process in both]
+    assert sum(map(len, measured)) == len({key for keys in measured for key in keys}) >= 5
