@@ -10,12 +10,15 @@ from typing import Any
 
 import jax
 
-from jaxlayout.timing import Paired, paired
+from jaxlayout.timing import Paired, lasting, paired, sample
 
 __all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """How many this process may use."""
+
+SAMPLE_NS = 1e8
+"""How long the samples of `in_turn` last."""
 
 Contender = Callable[[], Any]
 """Runs once, to the end."""
@@ -29,23 +32,19 @@ def first_call(f: Callable[..., Any], *args: Any) -> tuple[Any, float]:
 
 
 def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in each round, all warm. Each begins its turn with a call that is not timed, while the threads
-    of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""
-
-    def timed(call: Contender, repeat: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            call()
-        return (time.perf_counter() - start) / repeat
-
-    repeats = {name: max(1, round(0.1 / timed(call, 1))) for name, call in contenders.items()}
+    """Seconds of each in each round, warm by then. Each begins its turn with a call that is not timed, while the
+    threads of the one before it go to sleep; short calls are repeated to 0.1 s; the order turns from round to round."""
+    repeats = {}
+    for name, call in contenders.items():
+        call()
+        _, repeats[name] = lasting(call, SAMPLE_NS)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for n in range(rounds):
         turned = names[n % len(names) :] + names[: n % len(names)]
         for name in turned if n % 2 == 0 else reversed(turned):
             contenders[name]()
-            seconds[name].append(timed(contenders[name], repeats[name]))
+            seconds[name].append(sample(contenders[name], repeats[name]) / 1e9)
     return seconds
 
 

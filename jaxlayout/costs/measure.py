@@ -33,6 +33,7 @@ from jaxlayout.costs.turns import NoTurn, Turns
 from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
 from jaxlayout.threads import Workers
+from jaxlayout.timing import lasting
 
 TOLERANCE = 3.0
 """c of the accuracy bound c*eps*sqrt(K). Rounding after each of K additions is a random walk with standard
@@ -223,6 +224,7 @@ class _Trial:
     samples: list[float] = field(default_factory=list)
     error: float | None = None
     inner: int = 1
+    """Calls in a sample."""
     warming: float = 0.0
     """What the first run took, in nanoseconds."""
     status: Any = "ok"
@@ -232,7 +234,6 @@ class _Trial:
         start = time.perf_counter_ns()
         out = jax.block_until_ready(self.run())
         self.warming = float(time.perf_counter_ns() - start)
-        self.inner = max(1, int(MIN_SAMPLE_NS / max(1.0, self.warming)))
         return out
 
     def first(self) -> float:
@@ -240,11 +241,8 @@ class _Trial:
         return self.warming if self.warming >= WARM_NS else self.sample()
 
     def sample(self) -> float:
-        start = time.perf_counter_ns()
-        for _ in range(self.inner):
-            out = self.run()
-        jax.block_until_ready(out)
-        return (time.perf_counter_ns() - start) / self.inner
+        ns, self.inner = lasting(self.run, MIN_SAMPLE_NS, self.inner)
+        return ns
 
     def measurement(self) -> Measurement:
         timed = self.samples
