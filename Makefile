@@ -7,7 +7,7 @@ JAX ?=
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m
-BENCHES := networks lowerings training scenarios forms overhead noise table remote plot
+BENCHES := networks lowerings training scenarios forms overhead noise races table remote plot
 
 .PHONY: demo test fuzz lint typecheck bench corpus notebooks clean
 .DELETE_ON_ERROR:

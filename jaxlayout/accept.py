@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +17,8 @@ import numpy as np
 
 from jaxlayout.checked import flag, integer, number, one_of, optional, shown, text
 from jaxlayout.costs.measure import TOLERANCE, WARM_NS, Compiled
+from jaxlayout.race import race
 
-MIN_PAIRS, MAX_PAIRS = 7, 25
-TRIAL_SECONDS = 20.0
-"""Time for repeating the two functions; then SURE_PAIRS are enough."""
-SURE, SURE_PAIRS = 2.0, 3
-"""So many times faster or slower in so many pairs: that is no noise."""
 HOPELESS = 5.0
 """The rewritten function is not run a second time when its first run takes this many times the original's, and long."""
 LITTLE = 2**28
@@ -134,7 +129,18 @@ def accept(
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
     with turn():
-        return _race(before, after, args, least, min(first, second) >= WARM_NS, temps)
+        faster, times = race(lambda: before(*args), lambda: after(*args), least)
+    words = "faster" if faster else "not surely faster" if times.ratio > least else "not faster"
+    return Verdict(
+        kept=faster,
+        reason=f"{words}: {times.ratio:.2f}x over {times.pairs} pairs",
+        original_ns=1e6 * times.first_ms,
+        tuned_ns=1e6 * times.second_ms,
+        ratio=times.ratio,
+        spread=times.spread,
+        pairs=times.pairs,
+        **temps,
+    )
 
 
 _COLLECTIVES = (
@@ -166,49 +172,6 @@ def more_collectives(before: Any, after: Any) -> str:
         if count > had or bits > of:
             return f"it has {count} {kind} of {bits // 8} bytes in all, the original {had} of {of // 8}"
     return ""
-
-
-def _race(before: Any, after: Any, args: Sequence[Any], least: float, warm: bool, seen: dict[str, Any]) -> Verdict:
-    """Pairs of runs, in turning order, until one side is ahead at the 5% level of a sign test, or in the first few by
-    so much that no noise explains it. `warm`: whether both are so long that warming up does not count."""
-    olds, news = [], []
-    stop = time.monotonic() + TRIAL_SECONDS
-    ahead = 0
-    inner = 1
-    for n in range(int(warm), MAX_PAIRS + 1):
-        first, second = (before, after) if n % 2 == 0 else (after, before)
-        times = _sample(first, args, inner), _sample(second, args, inner)
-        old, new = times if n % 2 == 0 else times[::-1]
-        if n == 0:  # warms up, and says how often to repeat
-            inner = max(1, int(1e6 // max(1.0, min(times))))
-            continue
-        olds.append(old)
-        news.append(new)
-        ratios = [a / (least * b) for a, b in zip(olds, news, strict=True)]
-        if len(ratios) >= SURE_PAIRS and (min(ratios) > SURE or max(ratios) < 1 / SURE):
-            ahead = 1 if min(ratios) > SURE else -1
-            break
-        wins = sum((ratio > 1) + (ratio >= 1) for ratio in ratios) / 2  # a tie is half of one
-        half, margin = len(ratios) / 2, 0.82 * math.sqrt(len(ratios))
-        ahead = 1 if wins > half + margin else -1 if wins < half - margin else 0
-        late = time.monotonic() > stop
-        if len(ratios) >= (SURE_PAIRS if late else MIN_PAIRS) and (ahead or late):
-            break
-    ratios = [a / b for a, b in zip(olds, news, strict=True)]
-    quarters = statistics.quantiles(ratios, n=4)
-    ratio = statistics.median(ratios)
-    kept = ahead > 0 and ratio > least
-    words = "faster" if kept else "not faster" if ahead >= 0 else "slower"
-    return Verdict(
-        kept=kept,
-        reason=f"{words}: {ratio:.2f}x over {len(ratios)} pairs",
-        original_ns=statistics.median(olds),
-        tuned_ns=statistics.median(news),
-        ratio=ratio,
-        spread=(quarters[2] - quarters[0]) / 2,
-        pairs=len(ratios),
-        **seen,
-    )
 
 
 def compare(
@@ -294,14 +257,6 @@ def _timed(compiled: Any, args: Sequence[Any]) -> tuple[Sequence[Any], float]:
     start = time.perf_counter_ns()
     out = jax.block_until_ready(compiled(*args))
     return out, float(time.perf_counter_ns() - start)
-
-
-def _sample(compiled: Any, args: Sequence[Any], inner: int) -> float:
-    start = time.perf_counter_ns()
-    for _ in range(inner):
-        out = compiled(*args)
-    jax.block_until_ready(out)
-    return (time.perf_counter_ns() - start) / inner
 
 
 def liveliest(run: Callable[..., Sequence[Any]], arguments: Iterable[Sequence[Any]]) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bench import corpus, forms, gpu, networks, noise, plot, remote, scenarios, table
+from bench import corpus, forms, gpu, networks, noise, plot, races, remote, scenarios, table
 from bench.models import video
 from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -221,7 +221,14 @@ def test_remote(tmp_path):
     assert rows["asleep, pool of 2"]["in_worker_ms"] >= 50
 
 
-@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu, noise])
+def test_races(tmp_path):
+    assert races.main(["--small", "--out", str(tmp_path)]) == 0
+    rows = written(tmp_path, "races")
+    assert [row["case"] for row in rows] == list(races.CASES) and len(columns(tmp_path, "races")) == 1
+    assert all(row["races"] == 2 and 0 <= row["kept"] <= 2 and row["pairs"] >= 3 for row in rows)
+
+
+@pytest.mark.parametrize("bench", [corpus, scenarios, forms, gpu, noise, races])
 def test_a_case_that_is_not_there(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["nonsense"])
@@ -232,6 +239,6 @@ def test_pictures_of_all_results(tmp_path):
     results = sorted(plot.RESULTS.glob("*.json"))
     assert plot.main(["--out", str(tmp_path)]) == 0
     drawn = {file.stem for file in tmp_path.glob("*.png")}
-    without_ratios = "noise", "remote", "table"
+    without_ratios = "noise", "races", "remote", "table"
     assert drawn == {file.stem for file in results if not file.stem.startswith(without_ratios)}
     assert all(file.read_bytes().startswith(b"\x89PNG") for file in tmp_path.glob("*.png"))

@@ -52,6 +52,7 @@ from jaxlayout.graph.fit import check_fit
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import equations
+from jaxlayout.timing import Paired
 
 ROOT = Path(__file__).parents[1]
 
@@ -816,26 +817,18 @@ def test_a_budget_is_for_the_process(costs, monkeypatch):
 
 def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
-    speeds, order = {"before": 1.0, "after": 2.0}, []
 
-    def sample(compiled, args, inner):
-        if not order:
-            order.append(compiled)  # the original, on its first run
-        return speeds["before" if compiled is order[0] else "after"] * 1e6
+    def verdict(bias: int, tuned_ns: float) -> Verdict:
+        monkeypatch.setattr("jaxlayout.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))
+        return auto_layout(lambda x, k: conv(x, k) + bias).outcome(X, K).verdict
 
-    monkeypatch.setattr("jaxlayout.accept._sample", sample)
-    f = auto_layout(conv)
-    outcome = f.outcome(X, K)
-    assert not outcome.kept and outcome.verdict.cause == "time"
-    assert outcome.verdict.ratio == 0.5 and outcome.verdict.reason.startswith("slower: 0.50x")
-    speeds["after"] = 0.5
-    order.clear()
-    outcome = auto_layout(lambda x, k: conv(x, k) + 1).outcome(X, K)
-    assert outcome.kept and outcome.verdict.ratio == 2.0
-    speeds["after"] = 1.0
-    order.clear()
-    outcome = auto_layout(lambda x, k: conv(x, k) + 2).outcome(X, K)
-    assert not outcome.kept and outcome.verdict.reason.startswith("not faster")
+    seen = verdict(1, 2e6)
+    assert not seen.kept and seen.cause == "time" and seen.ratio == 0.5 and seen.reason.startswith("not faster: 0.50x")
+    seen = verdict(2, 0.5e6)
+    assert seen.kept and seen.ratio == 2.0
+    assert (seen.original_ns, seen.tuned_ns) == (1e6, 0.5e6)
+    seen = verdict(3, 1e6)
+    assert not seen.kept and seen.reason.startswith("not faster: 1.00x")
 
 
 def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monkeypatch):
@@ -851,7 +844,7 @@ def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monke
         return lambda *args: seen.append(name) or real(*args)
 
     monkeypatch.setattr("jaxlayout.accept.compare", told("compared", compare))
-    monkeypatch.setattr("jaxlayout.accept._sample", told("timed", lambda *_: 1e6))
+    monkeypatch.setattr("jaxlayout.accept.race", told("timed", lambda *_: (False, Paired.of([(1e6, 1e6)] * 3))))
     before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
     rest = {"contraction": 1.0, "memory_limit": 1.0, "turn": turn}
     assert accept(before, after, [X], **rest).cause == "time"

@@ -1,15 +1,17 @@
-"""What is timed lasts long enough. No real time is looked at."""
+"""What is timed lasts long enough, and who wins by chance is not kept. No real time is looked at."""
 
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
 
-from jaxlayout import timing
+from jaxlayout import race, timing
 from jaxlayout.costs import measure
-from jaxlayout.timing import in_pairs, lasting, paired
+from jaxlayout.race import MAX_PAIRS, ODDS, evidence, is_faster
+from jaxlayout.timing import Paired, in_pairs, lasting, paired
 
 
 class Clock:
@@ -18,7 +20,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.ns = 0
         here = SimpleNamespace(perf_counter_ns=lambda: self.ns, monotonic=lambda: self.ns / 1e9)
-        for module in (timing, measure):
+        for module in (timing, race, measure):
             monkeypatch.setattr(module, "time", here)
 
     def running(self, *takes: float, log: list[float] | None = None):
@@ -84,3 +86,87 @@ def test_a_pair_that_is_long_enough_counts_and_none_that_warms_up(clock):
 def test_pairs_end_with_the_time(clock):
     assert paired(clock.running(5e8), clock.running(5e8), seconds=6.5).pairs == 7
     assert paired(clock.running(5e8), clock.running(5e8), seconds=0.5, fewest=4).pairs == 4
+
+
+# The sequential test
+
+
+def chance_of_being_kept(share: float, large: float = 0.0, most: int = MAX_PAIRS) -> float:
+    """Of a function that wins this share of pairs, each independently: the sum over all ways there are. `large`: the
+    share of pairs that are won or lost by more than SURE."""
+    kept, ways = 0.0, {(0, 0, True): 1.0}  # wins, losses, whether all were large
+    for _ in range(most):
+        after = defaultdict[tuple[int, int, bool], float](float)
+        for (wins, losses, sure), chance in ways.items():
+            for win, big in itertools.product((True, False), repeat=2):
+                by = (share if win else 1 - share) * (large if big else 1 - large)
+                after[wins + win, losses + (not win), sure and big] += chance * by
+        ways = {}
+        for (wins, losses, sure), chance in after.items():
+            match is_faster([3.0 if sure else 1.1] * wins + [0.3 if sure else 0.9] * losses):
+                case True:
+                    kept += chance
+                case None:
+                    ways[wins, losses, sure] = chance
+    return kept
+
+
+@pytest.mark.parametrize("large", [0.0, 1 / 3])
+def test_one_of_two_equal_functions_is_kept_one_time_in_twenty_at_most(large):
+    """However noisy the machine is, and wherever time stops the race; even where it is raced twice."""
+    chance = chance_of_being_kept(0.5, large)
+    assert 0.02 < chance < 0.03
+    assert large or 1 - (1 - chance) ** 2 < 0.05
+
+
+def test_a_slower_one_is_hardly_ever_kept():
+    assert chance_of_being_kept(0.4) < 0.003
+
+
+@pytest.mark.parametrize(
+    ("share", "most", "power"), [(0.65, MAX_PAIRS, 0.96), (0.7, 100, 0.9), (0.8, 40, 0.9), (0.9, 20, 0.9)]
+)
+def test_a_faster_one_is_kept(share, most, power):
+    assert chance_of_being_kept(share, most=most) > power
+
+
+def test_odds():
+    assert evidence(0, 0) == 1.0
+    for wins, losses in itertools.product(range(6), repeat=2):  # a martingale
+        assert (evidence(wins + 1, losses) + evidence(wins, losses + 1)) / 2 == pytest.approx(evidence(wins, losses))
+    assert evidence(7, 0) == pytest.approx(2**8 / 8 * (1 - 2**-8)) and evidence(6, 0) < ODDS < evidence(7, 0)
+
+
+def test_when_a_race_ends():
+    assert is_faster([1.1] * 6) is None and is_faster([1.1] * 7) is True
+    assert is_faster([2.1] * 3) is True and is_faster([2.1, 2.1, 1.9]) is None
+    assert is_faster([0.4] * 3) is False and is_faster([0.9] * 9) is None and is_faster([0.9] * 10) is False
+    assert is_faster([1.0] * 10) is False  # ties are not won
+    assert is_faster([1.1, 0.9] * 40) is False
+    assert is_faster([1.1] * 172 + [0.9] * 127) is None and is_faster([1.1] * 172 + [0.9] * 128) is False
+
+
+def test_a_race(clock):
+    faster, seen = race.race(clock.running(1.1e6), clock.running(1e6))
+    assert faster and seen.pairs == 7 and seen.ratio == pytest.approx(1.1) and seen.first_ms == 1.1
+    assert race.race(clock.running(1.1e6), clock.running(1e6), least=1.2) == (
+        False,
+        Paired.of([(1.1e6, 1e6)] * 10),
+    )
+    assert not race.race(clock.running(1e6), clock.running(1e6))[0]
+
+
+def test_which_runs_first_is_drawn(clock):
+    ran = []
+    first, second = clock.running(1.01e7, log=ran), clock.running(1e7, log=ran)
+    for _ in range(10):
+        assert race.race(first, second)[0]
+    firsts = ran[::2]
+    assert len(firsts) == 70 and 10 < sum(ns == 1e7 for ns in firsts) < 60
+
+
+def test_a_long_race_goes_on_while_nothing_is_lost(clock):
+    faster, seen = race.race(clock.running(1.1e10), clock.running(1e10))
+    assert faster and seen.pairs == 7
+    faster, seen = race.race(clock.running(1.1e10), clock.running(1e10, 1.2e10, 1e10))
+    assert not faster and seen.pairs == 2
