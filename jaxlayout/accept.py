@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxlayout.accuracy import Accuracy
 from jaxlayout.checked import flag, integer, number, one_of, optional, shown, text
-from jaxlayout.costs.measure import TOLERANCE, WARM_NS, Compiled
+from jaxlayout.costs.measure import WARM_NS, Compiled
 from jaxlayout.race import race
 
 HOPELESS = 5.0
@@ -24,9 +25,6 @@ HOPELESS = 5.0
 LITTLE = 2**28
 """Bytes. A share of what a smaller function needs would be next to nothing: it may need as much more as such a one."""
 TIE_DRAWS = 3
-MAX_TOLERANCE = 0.1
-"""Where c*eps*sqrt(K) of a whole half-precision network exceeds this share of the rms, it would allow anything: what
-the original itself moves by decides then."""
 CAUSES = ("time", "numbers", "memory", "collectives", "failure", "untried")
 MAX_REASON = 4000
 """Longest reason kept, in characters: compiler errors can run to megabytes."""
@@ -49,7 +47,10 @@ class Verdict:
     """Half the interquartile range of the ratios."""
     pairs: int = 0
     difference: float | None = None
-    """The largest difference between outputs of the two, relative to the output's rms."""
+    """The largest difference between outputs of the two, relative to the output's rms; without those of `noise`."""
+    noise: tuple[int, ...] = ()
+    """Outputs that differ by more than that, and no more than the original itself moves them where its arguments are
+    rounded differently: rounding noise."""
     original_temp: int | None = None
     tuned_temp: int | None = None
 
@@ -65,15 +66,18 @@ class Verdict:
     def from_json(cls, data: Any) -> Verdict:
         """The inverse of `to_json`; ValueError, saying why, for anything else."""
         names = {field.name for field in fields(cls)}
-        if not isinstance(data, dict) or data.keys() != names:
+        if not isinstance(data, dict) or data.keys() | {"noise"} != names:  # which verdicts have not always told
             raise ValueError(f"not a verdict: {shown(data)}")
-        difference = data["difference"]
+        difference, noise = data["difference"], data.get("noise", ())
+        if not isinstance(noise, list | tuple):
+            raise ValueError(f"noise is {shown(noise)}, not a list")
         return cls(
             kept=flag("kept", data["kept"]),
             reason=text("reason", data["reason"], MAX_REASON),
             cause=one_of("cause", data["cause"], CAUSES),
             pairs=integer("pairs", data["pairs"], 10**9),
             difference=difference if difference in (None, math.inf) else number("difference", difference),
+            noise=tuple(integer("noise", output, 2**31) for output in noise),
             **{name: optional(number, name, data[name]) for name in ("original_ns", "tuned_ns", "ratio", "spread")},
             **{name: optional(integer, name, data[name], 2**60) for name in ("original_temp", "tuned_temp")},
         )
@@ -84,7 +88,7 @@ def accept(
     after: Compiled,
     args: Sequence[Any] | None,
     *,
-    contraction: float,
+    accuracy: Sequence[Accuracy],
     memory_limit: float,
     timed: bool = True,
     least: float = 1.0,
@@ -94,40 +98,38 @@ def accept(
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `args`: None where they must not be run; only memory and collectives are compared then.
-    `contraction`: products summed along the longest way through the function, for the accuracy bound.
+    `accuracy`: how accurate each output can be.
     `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
     many times faster it has to be. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and
     at no other time.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
-    temps: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     if old is not None and new is not None:
-        temps = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
-        whole = old.argument_size_in_bytes + old.output_size_in_bytes - old.alias_size_in_bytes + temps["original_temp"]
-        allowed = temps["original_temp"] + (memory_limit - 1) * max(whole, LITTLE)
-        if temps["tuned_temp"] > allowed:
-            reason = f"it needs {temps['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
-            return Verdict(kept=False, cause="memory", reason=reason, **temps)
+        seen = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
+        whole = old.argument_size_in_bytes + old.output_size_in_bytes - old.alias_size_in_bytes + seen["original_temp"]
+        allowed = seen["original_temp"] + (memory_limit - 1) * max(whole, LITTLE)
+        if seen["tuned_temp"] > allowed:
+            reason = f"it needs {seen['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
+            return Verdict(kept=False, cause="memory", reason=reason, **seen)
     if reason := more_collectives(before.program, after.program):
-        return Verdict(kept=False, cause="collectives", reason=reason, **temps)
+        return Verdict(kept=False, cause="collectives", reason=reason, **seen)
     if args is None:
-        return Verdict(kept=True, cause="untried", reason="not run", **temps)
+        return Verdict(kept=True, cause="untried", reason="not run", **seen)
     expected, first = _timed(before, args)
     try:
         found, second = _timed(after, args)
     except Exception as error:
-        return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **temps)
-    eps = max((float(jnp.finfo(x.dtype).eps) for x in expected if jnp.issubdtype(x.dtype, jnp.inexact)), default=0.0)
-    tolerance = min(MAX_TOLERANCE, relax * TOLERANCE * eps * math.sqrt(max(1, contraction)))
-    difference, reason = compare(before, args, expected, found, tolerance)
-    if reason:
-        return Verdict(kept=False, cause="numbers", reason=reason, difference=difference, **temps)
-    temps["difference"] = difference
+        return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **seen)
+    compared = compare(before, args, expected, found, accuracy, relax)
+    seen |= {"difference": compared.difference, "noise": compared.noise}
+    if compared.reason:
+        return Verdict(kept=False, cause="numbers", reason=compared.reason, **seen)
     if not timed:
-        return Verdict(kept=True, cause="untried", reason="timing was not asked for", **temps)
+        return Verdict(kept=True, cause="untried", reason="timing was not asked for", **seen)
     if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * _timed(before, args)[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
-        return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **temps)
+        return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **seen)
     with turn():
         faster, times = race(lambda: before(*args), lambda: after(*args), least)
     words = "faster" if faster else "not surely faster" if times.ratio > least else "not faster"
@@ -139,7 +141,7 @@ def accept(
         ratio=times.ratio,
         spread=times.spread,
         pairs=times.pairs,
-        **temps,
+        **seen,
     )
 
 
@@ -174,47 +176,65 @@ def more_collectives(before: Any, after: Any) -> str:
     return ""
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What was seen of the outputs of two functions: see `Verdict`."""
+
+    difference: float
+    noise: tuple[int, ...] = ()
+    reason: str = ""
+    """Why they do not agree; '' if they do."""
+
+
 def compare(
     original: Callable[..., Sequence[Any]],
     args: Sequence[Any],
     expected: Sequence[Any],
     found: Sequence[Any],
-    tolerance: float,
-) -> tuple[float, str]:
-    """The largest relative difference of floating-point outputs, and why the outputs do not agree ('' if they do).
+    accuracy: Sequence[Accuracy],
+    relax: float = 1.0,
+) -> Comparison:
+    """Whether two functions agree in what they give for some arguments.
 
-    Floating-point outputs agree within `tolerance` of their rms, or within what the original itself moves by
-    when its inputs are rounded differently (four times the largest of three draws), and have NaN and Inf in the
-    same places. Other outputs are equal, except where the original's own answer changes under such draws: an
-    argmax on a tie has no one answer.
+    Floating-point outputs agree within the tolerance of their rms that goes with their accuracy, or within what the
+    original itself moves by when its inputs are rounded differently (four times the largest of three draws), and have
+    NaN and Inf in the same places. Other outputs are equal, except where the original's own answer changes under such
+    draws: an argmax on a tie has no one answer. Arguments coarser than an output can be are not moved for it.
     """
-    draws: list[Sequence[Any]] = []
+    draws: dict[float, list[Sequence[Any]]] = {}
 
-    def noise() -> list[Sequence[Any]]:
-        if not draws:
-            draws.extend(original(*_rounded(args, seed)) for seed in range(TIE_DRAWS))
-        return draws
+    def moved(i: int) -> list[Any]:
+        eps = accuracy[i].eps
+        if eps not in draws:
+            draws[eps] = [original(*rounded) for seed in range(TIE_DRAWS) if (rounded := _rounded(args, eps, seed))]
+        return [draw[i] for draw in draws[eps]]
 
-    worst = 0.0
+    worst, noise = 0.0, []
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         if a.shape != b.shape or a.dtype != b.dtype:
-            return math.inf, f"output {i} is {b.dtype}{b.shape} instead of {a.dtype}{a.shape}"
+            why = f"output {i} is {b.dtype}{b.shape} instead of {a.dtype}{a.shape}"
+            return Comparison(math.inf, tuple(noise), why)
         if not jnp.issubdtype(a.dtype, jnp.inexact):
             x, y = _plain(a), _plain(b)
             if np.array_equal(x, y):
                 continue
             tied = np.zeros(x.shape, bool)
-            for draw in noise():
-                tied |= _plain(draw[i]) != x
+            for draw in moved(i):
+                tied |= _plain(draw) != x
             if np.any((x != y) & ~tied):
-                return math.inf, f"output {i} ({a.dtype}) differs where the original has no tie"
+                why = f"output {i} ({a.dtype}) differs where the original has no tie"
+                return Comparison(math.inf, tuple(noise), why)
             continue
         x, y = _wide(a), _wide(b)
-        apart = _apart(x, y)
-        worst = max(worst, apart)
-        if apart > tolerance and not apart <= 4 * max(_apart(x, _wide(draw[i])) for draw in noise()):
-            return worst, f"output {i} differs by {apart:.2g} of its rms, {tolerance:.2g} is allowed"
-    return worst, ""
+        apart, tolerance = _apart(x, y), accuracy[i].tolerance(relax)
+        if apart <= tolerance:
+            worst = max(worst, apart)
+        elif apart <= 4 * max((_apart(x, _wide(draw)) for draw in moved(i)), default=0.0):
+            noise.append(i)
+        else:
+            why = f"output {i} differs by {apart:.2g} of its rms, {tolerance:.2g} is allowed"
+            return Comparison(max(worst, apart), tuple(noise), why)
+    return Comparison(worst, tuple(noise))
 
 
 def _apart(x: np.ndarray, y: np.ndarray) -> float:
@@ -238,19 +258,21 @@ def _plain(array: Any) -> np.ndarray:
     return np.asarray(jax.random.key_data(array) if keys else array)
 
 
-def _rounded(args: Sequence[Any], seed: int) -> list[Any]:
-    """The arguments, every floating-point number moved by a last place up or down at random."""
+def _rounded(args: Sequence[Any], eps: float, seed: int) -> list[Any] | None:
+    """The arguments, every floating-point number moved by a last place up or down at random, where that is no more than
+    `eps`; None where it is more in all of them."""
     rng = np.random.default_rng(seed)
 
+    def fine(x: Any) -> bool:
+        return bool(jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).eps <= eps)
+
     def one(x: Any) -> Any:
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
         array = np.asarray(x)
-        eps = float(jnp.finfo(x.dtype).eps)
-        moved = array.astype(np.float64) * (1 + eps * rng.choice((-1.0, 1.0), array.shape))
+        own = float(jnp.finfo(x.dtype).eps)
+        moved = array.astype(np.float64) * (1 + own * rng.choice((-1.0, 1.0), array.shape))
         return jax.device_put(moved.astype(array.dtype), x.sharding)
 
-    return list(map(one, args))
+    return [one(x) if fine(x) else x for x in args] if any(map(fine, args)) else None
 
 
 def _timed(compiled: Any, args: Sequence[Any]) -> tuple[Sequence[Any], float]:

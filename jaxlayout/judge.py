@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import jax
-from jax.extend.core import jaxprs_in_params
 
-from jaxlayout._compat import eval_equations, open_jaxpr
+from jaxlayout._compat import eval_equations
 from jaxlayout.accept import Verdict, accept, draws, liveliest
-from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.accuracy import accuracies
 from jaxlayout.costs.measure import Compiled, CompilerOptions, compile_in
 from jaxlayout.costs.turns import Turns
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.rules.base import Body, bodies_of
 from jaxlayout.program import needs_real_arguments
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
@@ -68,7 +64,7 @@ class Judge:
             before,
             after,
             trial,
-            contraction=contraction(task.jaxpr),
+            accuracy=accuracies(task.jaxpr),
             memory_limit=task.options.memory_limit,
             timed=task.options.verdict,
             least=least,
@@ -114,18 +110,3 @@ class Judge:
         kept = seen and (plan.predicted_ns < plan.written_ns or self.task.folded)
         reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
         return Verdict(kept=kept, reason=reason, cause="untried")
-
-
-def contraction(jaxpr: Any) -> float:
-    """The products summed along all convolutions and dots of a program, one after the other."""
-    total = 0.0
-    for eqn in open_jaxpr(jaxpr).eqns:
-        if eqn.primitive in CONVOLUTIONS:
-            lhs, rhs = (v.aval for v in eqn.invars)
-            total += ConvSignature.of(lhs, rhs, eqn.params).contraction
-        elif eqn.primitive.name == "dot_general":
-            total += math.prod(eqn.invars[0].aval.shape[a] for a in eqn.params["dimension_numbers"][0][0])
-        else:
-            bodies = bodies_of(eqn) or map(Body, jaxprs_in_params(eqn.params))
-            total += sum(max(1.0, body.times) * contraction(body.jaxpr) for body in bodies)
-    return total

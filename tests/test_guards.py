@@ -41,11 +41,12 @@ from jaxlayout import (
     auto_layout,
     line,
 )
-from jaxlayout.accept import MAX_TOLERANCE, Verdict, accept, compare, draws, liveliest
+from jaxlayout.accept import Comparison, Verdict, accept, compare, draws, liveliest
+from jaxlayout.accuracy import MAX_TOLERANCE, Accuracy, accuracies
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
-from jaxlayout.costs.measure import compile_in
+from jaxlayout.costs.measure import TOLERANCE, compile_in
 from jaxlayout.costs.table import ENVIRONMENT
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.fit import check_fit
@@ -593,11 +594,14 @@ def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):
 # Comparing
 
 
-def agree(
-    expected: Any, found: Any, original: Any = None, args: Any = (), tolerance: float = 1e-5
-) -> tuple[float, str]:
+def allowing(tolerance: float) -> list[Accuracy]:
+    """Of one output, whose tolerance it is."""
+    return [Accuracy(tolerance / TOLERANCE)]
+
+
+def agree(expected: Any, found: Any, original: Any = None, args: Any = ()) -> Comparison:
     expected = jnp.asarray(expected)
-    return compare(original or (lambda: [expected]), args, [expected], [jnp.asarray(found)], tolerance)
+    return compare(original or (lambda: [expected]), args, [expected], [jnp.asarray(found)], allowing(1e-5))
 
 
 INF, NAN = math.inf, math.nan
@@ -634,22 +638,23 @@ INF, NAN = math.inf, math.nan
     ],
 )  # fmt: skip
 def test_when_outputs_agree(expected, found, agrees):
-    difference, reason = agree(expected, found)
-    assert (reason == "") is agrees
-    assert difference >= 0
+    seen = agree(expected, found)
+    assert (seen.reason == "") is agrees
+    assert seen.difference >= 0
 
 
 @pytest.mark.parametrize("size", [1e-320, 1e-200, 1e200, 1e300])
 def test_numbers_whose_squares_are_out_of_range_are_compared(size):
     expected = np.array([1.0, -2.0, 0.0]) * size
-    assert compare(lambda: [expected], (), [expected], [expected], 1e-5) == (0.0, "")
-    assert "differs" in compare(lambda: [expected], (), [expected], [expected * 1.5], 1e-5)[1]
+    accuracy = allowing(1e-5)
+    assert compare(lambda: [expected], (), [expected], [expected], accuracy) == Comparison(0.0)
+    assert "differs" in compare(lambda: [expected], (), [expected], [expected * 1.5], accuracy).reason
 
 
 def test_keys_agree_when_equal():
     a, b = jax.random.key(1), jax.random.key(2)
-    assert compare(lambda: [a], [], [a], [a], 0.0)[1] == ""
-    assert "differs" in compare(lambda: [a], [], [a], [b], 0.0)[1]
+    assert compare(lambda: [a], [], [a], [a], allowing(0.0)).reason == ""
+    assert "differs" in compare(lambda: [a], [], [a], [b], allowing(0.0)).reason
 
 
 def test_any_answer_agrees_on_a_tie_and_no_other():
@@ -657,9 +662,9 @@ def test_any_answer_agrees_on_a_tie_and_no_other():
         return [jnp.argmax(x, axis=-1), jnp.sum(x, axis=-1)]
 
     x = jnp.asarray([[1.0, 1.0, 0.0], [3.0, 1.0, 0.0]])
-    expected = original(x)
-    assert compare(original, [x], expected, [jnp.asarray([1, 0]), expected[1]], 1e-5)[1] == ""
-    assert "no tie" in compare(original, [x], expected, [jnp.asarray([0, 1]), expected[1]], 1e-5)[1]
+    expected, accuracy = original(x), allowing(1e-5) * 2
+    assert compare(original, [x], expected, [jnp.asarray([1, 0]), expected[1]], accuracy).reason == ""
+    assert "no tie" in compare(original, [x], expected, [jnp.asarray([0, 1]), expected[1]], accuracy).reason
 
 
 def test_what_the_original_moves_by_itself_is_allowed():
@@ -670,20 +675,46 @@ def test_what_the_original_moves_by_itself_is_allowed():
     expected = original(x)
     rms = float(jnp.sqrt(jnp.mean(expected[0] ** 2)))
     near, far = expected[0].at[3].add(1e-3 * rms / 10), expected[0].at[3].add(rms / 100)
-    assert compare(original, [x], expected, [near], 1e-7)[1] == ""
-    assert "allowed" in compare(original, [x], expected, [far], 1e-7)[1]
+    accuracy = allowing(4e-7)
+    assert compare(original, [x], expected, [near], accuracy) == Comparison(0.0, noise=(0,))
+    assert "allowed" in compare(original, [x], expected, [far], accuracy).reason
 
 
-def test_a_large_network_in_half_precision_has_no_free_pass(costs, monkeypatch):
+def test_an_output_that_is_noise_is_told_as_such():
+    """What a bias in front of a normalisation is worth: nothing, and its gradient is what rounding leaves."""
+
+    def loss(bias, k, x):
+        y = conv(x, k) + bias[:, None, None]
+        y = (y - y.mean((0, 2, 3), keepdims=True)) / jnp.sqrt(y.var((0, 2, 3), keepdims=True) + 1e-5)
+        return jnp.square(y * jnp.arange(5.0)).sum()
+
+    grad, args = jax.jit(jax.grad(loss, (0, 1))), (normal(4, 4), K, X)
+    expected = grad(*args)
+    seen = compare(grad, args, expected, (-expected[0], expected[1]), accuracies(jax.make_jaxpr(grad)(*args)))
+    assert seen == Comparison(0.0, noise=(0,))
+
+
+def test_a_large_network_in_half_precision_has_no_free_pass():
     """c*eps*sqrt(K) would allow 100% of the rms: K is 8 million."""
-    seen = []
-    monkeypatch.setattr("jaxlayout.accept.compare", lambda *args: seen.append(args[-1]) or compare(*args))
-    monkeypatch.setattr("jaxlayout.judge.contraction", lambda jaxpr: 8_000_000)
-    auto_layout(conv)(X.astype(jnp.bfloat16), K.astype(jnp.bfloat16))
-    assert seen == [MAX_TOLERANCE]
+    half = float(jnp.finfo(jnp.bfloat16).eps)
+    assert Accuracy(half, 8e6).tolerance() == MAX_TOLERANCE == Accuracy(half, 4.0).tolerance(relax=100.0)
+    assert Accuracy(half, 4.0).tolerance() == 6 * half
 
 
 # What outputs are compared on
+
+
+def test_a_float32_output_that_is_wrong_beside_a_bfloat16_one_is_refused(costs, monkeypatch):
+    def f(x, k):
+        return conv(x.astype(jnp.bfloat16), k.astype(jnp.bfloat16)), conv(x, k)
+
+    monkeypatch.setattr(Turncoat, "how", staticmethod(lambda out: out if out.dtype == jnp.bfloat16 else out * 1.07))
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
+    with registered(Turncoat()):
+        tuned = auto_layout(f)
+        np.testing.assert_allclose(tuned(X, K)[1], conv(X, K), rtol=1e-5, atol=1e-5)
+        verdict = tuned.outcome(X, K).verdict
+        assert verdict.cause == "numbers" and verdict.reason.startswith("output 1 differs by")
 
 
 def test_live_outputs_are_sought():
@@ -846,7 +877,7 @@ def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monke
     monkeypatch.setattr("jaxlayout.accept.compare", told("compared", compare))
     monkeypatch.setattr("jaxlayout.accept.race", told("timed", lambda *_: (False, Paired.of([(1e6, 1e6)] * 3))))
     before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
-    rest = {"contraction": 1.0, "memory_limit": 1.0, "turn": turn}
+    rest = {"accuracy": [Accuracy()], "memory_limit": 1.0, "turn": turn}
     assert accept(before, after, [X], **rest).cause == "time"
     assert [name for name, _ in itertools.groupby(seen)] == ["compared", "taken", "timed", "given back"]
     seen.clear()
@@ -1119,6 +1150,19 @@ def test_outcomes_survive_json(costs):
     for bad in (None, 3, {}, {"plan": {}}, outcome.to_json() | {"more": 1}):
         with pytest.raises(ValueError, match="not a"):
             Outcome.from_json(bad)
+
+
+def test_verdicts_that_name_no_noise_are_read():
+    """As they were stored until they did."""
+    verdict = Verdict(kept=True, reason="faster", difference=1e-6, noise=(0, 3))
+    data = json.loads(json.dumps(verdict.to_json()))
+    assert Verdict.from_json(data) == verdict
+    assert Verdict.from_json({name: value for name, value in data.items() if name != "noise"}) == replace(
+        verdict, noise=()
+    )
+    for bad in (3, "03", [-1], [0.5], [True], {"0": 1}):
+        with pytest.raises(ValueError, match="noise"):
+            Verdict.from_json(data | {"noise": bad})
 
 
 def test_different_options_have_different_plans(costs):

@@ -223,6 +223,14 @@ def test_what_is_won_back(forced, monkeypatch):
     assert repr(told).startswith("<Explanation of conv: kept: forced; 1 convolution")
 
 
+def test_outputs_that_are_noise_are_told_as_such(forced, monkeypatch):
+    judged(monkeypatch, difference=1e-7, noise=(1, 4, 5, 7, 8))
+    told = auto_layout(conv).explain(X, K)
+    words = "1e-07 of their rms at most, but for outputs 1, 4, 5 and 2 more: rounding arguments moves these as much"
+    assert words in " ".join(shown(told, 200).split())
+    assert told.to_json()["measured"]["noise"] == [1, 4, 5, 7, 8]
+
+
 def test_provisional(forced):
     told = auto_layout(conv, on_miss="heuristic").explain(X, K)
     assert told.provisional and told.to_json()["provisional"]

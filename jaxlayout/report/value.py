@@ -201,8 +201,8 @@ class Explanation:
         - kept: whether the rewritten function runs. nothing_gained: a sentence why not, or "".
         - provisional, source, tuning_s, timed: how the plan came about (see `Outcome`).
         - measured: original_ns and tuned_ns of the whole functions, ratio, spread, pairs, original_temp and tuned_temp
-          in bytes, difference between outputs relative to their rms; null what was not seen. saved_ns, break_even
-          (calls).
+          in bytes, difference between outputs relative to their rms; null what was not seen. noise: outputs that
+          are rounding noise, whose difference is not among these. saved_ns, break_even (calls).
         - predicted: written_ns and tuned_ns of convolutions and conversions, bound_ns, optimal, gap (a share, null if
           unknown).
         - compiler_options.
@@ -229,6 +229,7 @@ class Explanation:
             "measured": {
                 **{name: getattr(verdict, name) for name in seen},
                 "difference": difference,
+                "noise": list(verdict.noise),
                 "saved_ns": self.saved_ns,
                 "break_even": self.break_even,
             },

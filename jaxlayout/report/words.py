@@ -95,7 +95,9 @@ def summary(told: Explanation) -> list[tuple[str, str]]:
     if verdict.original_temp is not None and verdict.tuned_temp is not None:
         rows.append(("memory", f"{size(verdict.original_temp)} → {size(verdict.tuned_temp)} of temporaries"))
     if verdict.difference is not None:
-        rows.append(("numbers", f"results differ by {verdict.difference:.1g} of their rms at most"))
+        outputs = listed(map(str, verdict.noise))
+        noise = f", but for outputs {outputs}: rounding arguments moves these as much" if verdict.noise else ""
+        rows.append(("numbers", f"results differ by {verdict.difference:.1g} of their rms at most{noise}"))
     if outcome.source != "none":
         timed = f"; {outcome.measured} convolutions and transposes timed" if outcome.measured else ""
         spent = f", {outcome.seconds:.1f} s of tuning" if outcome.seconds else ""
