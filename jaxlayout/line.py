@@ -7,9 +7,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -20,6 +20,7 @@ import numpy as np
 
 from jaxlayout._compat import open_jaxpr
 from jaxlayout.accept import Verdict
+from jaxlayout.budget import process_budget
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.convs.primitive import CONVOLUTIONS
@@ -66,28 +67,6 @@ class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
 
 
-class Budget:
-    """The seconds of measuring that a process has spent."""
-
-    def __init__(self) -> None:
-        self._before = 0.0
-        self._since: float | None = None
-
-    def spent(self) -> float:
-        """So far, the measuring under way included."""
-        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
-
-    @contextmanager
-    def spending(self) -> Iterator[None]:
-        """Counts the time of a `with` block."""
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._before, self._since = self.spent(), None
-
-
-process_budget = Budget()
 _tables: dict[str | None, CostTable] = {}
 _provisional: dict[tuple[Any, ...], Outcome] = {}
 """What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
@@ -199,7 +178,8 @@ class _Line:
         self.context: Context = task.context
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
-        self.turns = Turns(self.options.lock_timeout, self.stop)
+        self.spender = process_budget.spender()
+        self.turns = Turns(self.options.lock_timeout, self.stop, waiting=self.spender.waiting)
         if without is None:
             self.judging = Judge(task, task.told, self.turns)
         else:
@@ -369,10 +349,10 @@ class _Line:
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
         if self.task.executor is not None:  # its workers may be of this machine, and take the lock
-            with process_budget.spending():
+            with self.spender.spending():
                 self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
         left = [job for job in jobs if not self.model.learned(job)]  # by others, or just now elsewhere
-        with process_budget.spending():
+        with self.spender.spending():
             here = measure(
                 left,
                 device=self.device,

@@ -43,6 +43,7 @@ from jaxlayout import (
 )
 from jaxlayout.accept import Comparison, Verdict, accept, compare, draws, liveliest
 from jaxlayout.accuracy import MAX_TOLERANCE, Accuracy, accuracies
+from jaxlayout.budget import Budget
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
@@ -844,6 +845,23 @@ def test_a_budget_is_for_the_process(costs, monkeypatch):
     assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
     assert costs == []
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
+
+
+def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
+    now = [0.0]
+    budget, real = Budget(lambda: now[0]), line.measure
+
+    def measure(jobs, *, turns, **how):
+        with turns.waiting():
+            now[0] += 1000.0
+        for one in real(jobs, turns=turns, **how):
+            now[0] += 1.0
+            yield one
+
+    monkeypatch.setattr(line, "process_budget", budget)
+    monkeypatch.setattr(line, "measure", measure)
+    assert auto_layout(conv, time_budget=300.0).outcome(X, K).source == "measured"
+    assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(costs)
 
 
 def test_verdict_by_timing(costs, monkeypatch):
