@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from jaxlayout.cli.settings import add_options, options_of
 from jaxlayout.cli.target import argument, arguments, loaded
 from jaxlayout.cli.tune import has_failed
 from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.sqlite import SCHEMA_VERSION
 from jaxlayout.costs.table import describe, look
 from jaxlayout.costs.turns import Turns
 from jaxlayout.outcome import untouched
@@ -430,6 +433,24 @@ def test_no_table_is_said_and_none_is_made(capsys):
     assert printed(capsys, "table", "path") == f"{path}\n"
     assert printed(capsys, "table", "path", "--table", "other") == "other\n"
     assert not path.exists()
+
+
+def test_the_table_of_another_schema_is_another_file(capsys, tmp_path):
+    path, own = tmp_path / "t.sqlite", tmp_path / f"t-{SCHEMA_VERSION}.sqlite"
+    with CostTable(path) as table:
+        table.record("env", "conv", "a", measurement(1e6))
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        raw.execute("PRAGMA user_version = 99")
+    assert printed(capsys, "table", "path", "--table", str(path)) == f"{own}\n"
+    assert main(["table", "show", "--table", str(path)]) == 1
+    assert f"no cost table at {own} yet" in capsys.readouterr().err
+    with CostTable(path) as table:
+        table.record_many("env", "conv", {"b": measurement(1e6), "c": measurement(1e6)})
+    shown = json.loads(printed(capsys, "table", "show", "--json", "--table", str(path)))
+    assert shown["path"] == str(own) and [env["measurements"] for env in shown["environments"]] == [2]
+    doctor = ("doctor", "--json", "--seconds", "0", "--table", str(path))
+    (found,) = (one["found"] for one in json.loads(printed(capsys, *doctor))["findings"] if one["check"] == "table")
+    assert found.startswith(f"{own}: 2 measurements")
 
 
 def test_export_import_and_merge(two, capsys, tmp_path):

@@ -8,12 +8,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxlayout.cli.base import Failure, milliseconds, print_json, print_text
 from jaxlayout.cli.settings import options_of
 from jaxlayout.costs.contents import Holding, holdings, places
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.sqlite import file_at
 from jaxlayout.costs.table import default_path, look
 
 SHOW = """\
@@ -30,10 +32,11 @@ exit codes: 0, 1 if there is no table, or if any record in it is no valid one.""
 
 
 def table_path(given: argparse.Namespace) -> str:
-    """The file of the table: as told by the flag, or by the environment, or the usual one."""
+    """The file of the table: as told by the flag, or by the environment, or the usual one; see `file_at`."""
     from jaxlayout.options import Options
 
-    return Options.from_environment(**options_of(given)).table or str(default_path())
+    path = Options.from_environment(**options_of(given)).table or str(default_path())
+    return path if path == ":memory:" else str(file_at(Path(path)))
 
 
 def looked(given: argparse.Namespace) -> tuple[str, dict[str, Any], list[str]]:
