@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlayout import __version__
 from jaxlayout._compat import open_jaxpr
 from jaxlayout.accept import Verdict
 from jaxlayout.budget import process_budget
@@ -191,7 +192,8 @@ class _Line:
         self.divided = of_arguments(self.jaxpr, task.shardings)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
-        rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
+        # Measurements outlive a release. What is planned from them, and judged, each release does anew.
+        rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})

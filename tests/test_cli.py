@@ -388,7 +388,7 @@ def test_bench_gives_a_ratio(model, forced, capsys):
 # table
 
 
-HERE = {"jax": "9.9", "jaxlib": "9.8", "jaxlayout": "0.1", "platform": "cpu", "device_kind": "cpu", "cpu": "Abacus"}
+HERE = {"jax": "9.9", "jaxlib": "9.8", "platform": "cpu", "device_kind": "cpu", "cpu": "Abacus", "allocator": "beads"}
 
 
 @pytest.fixture
@@ -406,7 +406,7 @@ def two(tmp_path):
 def test_show_counts_by_environment(two, capsys):
     text = printed(capsys, "table", "show")
     assert "3 measurements of 2 signatures, 1 plans" in text
-    assert "jax 9.9, jaxlib 9.8, jaxlayout 0.1 on cpu (Abacus, 2 cores), XLA_FLAGS=--x" in text
+    assert "jax 9.9, jaxlib 9.8 on cpu (Abacus, 2 cores, beads), XLA_FLAGS=--x" in text
     assert "unknown" in text and f"last written {time.strftime('%Y-')}" in text
     seen = json.loads(printed(capsys, "table", "show", "--json"))
     assert seen["refused"] == [] and seen["bytes"] > 0 and seen["path"] == two

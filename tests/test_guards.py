@@ -6,6 +6,7 @@ made to come out in the rewritten function's favour where it matters.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import logging
@@ -1188,6 +1189,29 @@ def test_different_options_have_different_plans(costs):
     for options in ({"memory_limit": 999.0}, {"numerics": "relaxed"}, {"verdict": True}):
         assert auto_layout(conv, **options).outcome(X, K).source == "measured"
     assert auto_layout(conv, time_budget=5.0).outcome(X, K).source == "stored"
+
+
+def test_a_release_plans_anew_from_what_was_measured(costs, monkeypatch):
+    auto_layout(conv)(X, K)
+    asked = len(costs)
+    monkeypatch.setattr(line, "__version__", "99.0")
+    assert auto_layout(conv).outcome(X, K).source == "measured"
+    assert auto_layout(conv).outcome(X, K).source == "stored"
+    assert len(costs) == asked
+
+
+def test_a_rule_that_is_another_has_other_plans_and_times(costs, monkeypatch):
+    def pooled(x, k):
+        return lax.reduce_window(conv(x, k), -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+
+    x = normal(4, 2, 3, 128, 128)
+    rules, pooling = importlib.import_module("jaxlayout.graph.rules.base"), lax.reduce_window_max_p
+    auto_layout(pooled)(x, K)
+    asked = len(costs)
+    monkeypatch.setitem(rules._table, pooling, replace(rules.rule_for(pooling), version=2))
+    assert auto_layout(pooled).outcome(x, K).source == "measured"
+    (timed,) = (key for key in costs[:asked] if key.startswith("reduce_window_max@1 "))
+    assert costs[asked:] == [timed.replace("@1", "@2")]
 
 
 # Interruption

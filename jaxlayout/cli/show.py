@@ -23,7 +23,7 @@ example:
 
   $ jaxlayout table show
   table.sqlite: 812 measurements of 57 signatures, 9 plans; 610.3 kB
-  jax 0.12.0, jaxlib 0.12.0, jaxlayout 0.1.0 on cpu (AMD EPYC 9B14, 2 cores)
+  jax 0.12.0, jaxlib 0.12.0 on cpu (AMD EPYC 9B14, 2 cores, libc.so.6 gives freed memory back)
     812 measurements of 57 signatures, 9 plans; last written 2026-05-04 11:30
 
   $ jaxlayout table show --signature rhs=64[3,      # what was measured of those convolutions
@@ -109,8 +109,8 @@ def in_words(holding: Holding) -> str:
     flags = holding.environment.get("variables")
     under = "".join(f", {name}={value}" for name, value in flags.items()) if isinstance(flags, dict) else ""
     return (
-        f"jax {e['jax']}, jaxlib {e['jaxlib']}, jaxlayout {e['jaxlayout']} on {e['platform']}{device} "
-        f"({e['cpu']}, {e['cores']} cores){under}"
+        f"jax {e['jax']}, jaxlib {e['jaxlib']} on {e['platform']}{device} "
+        f"({e['cpu']}, {e['cores']} cores, {e['allocator']}){under}"
     )
 
 
