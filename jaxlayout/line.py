@@ -20,10 +20,10 @@ import numpy as np
 
 from jaxlayout import __version__
 from jaxlayout._compat import open_jaxpr
-from jaxlayout.accept import Verdict
+from jaxlayout.accept import Verdict, allowance
 from jaxlayout.budget import process_budget
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import lowerings
+from jaxlayout.convs.lowering import lowerings, prepared_growth
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import Environment, current_environment
@@ -152,7 +152,15 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
-    return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
+    if line.measure("convolutions", jobs) < len(jobs):
+        return Plan()
+    for node in graph.sites:  # nobody judges the whole: what it takes by itself stays within the limit
+        if node.conv is not None and node.modes[0].candidate is not None:
+            known = line.model.measurement(node.conv, node.modes[0].candidate)
+            written = (known and known.temp_bytes) or 0
+            more = allowance(node.conv.nbytes + written, options.memory_limit)
+            line.model.most[node.conv.key] = written + more
+    return line.solve(graph)[0]
 
 
 def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
@@ -162,7 +170,7 @@ def cost_model(options: Options, device: Any, context: Context, compiler_options
         environment += "-relaxed"
     # A policy that measures nothing leaves the file alone.
     table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
-    return CostModel(table, environment, LayoutPolicy.for_device(device), context)
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
 
 
 def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
@@ -403,15 +411,17 @@ class _Line:
 
     def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
         """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
-        most memory is alive (more than half of the most), the one that is the least loss for it. With it all others
-        that need as much there, but for the one that is written."""
+        most memory is alive (more than half of the most), what they prepare of the kernel included, the one that is the
+        least loss for it. With it all others that need as much there, but for the one that is written."""
         needs: dict[tuple[str, str], int] = {}
         losses: dict[tuple[str, str], float] = {}
         likes: dict[tuple[str, str], set[tuple[str, str]]] = {}
 
         def temp(conv: ConvSignature, candidate: Candidate) -> int:
             found = self.model.measurement(conv, candidate)
-            return (found and found.temp_bytes) or 0
+            if found is None or found.median_ns is None:
+                return 0
+            return max(found.temp_bytes or 0, prepared_growth(candidate.lowering, conv, candidate.dims))
 
         for node in graph.sites:
             mode, conv, written = plan.choices.get(node.path), node.conv, node.modes[0]

@@ -55,6 +55,7 @@ from jaxlayout.graph.fit import check_fit
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import equations
+from jaxlayout.progress import Silent
 from jaxlayout.timing import Paired
 
 ROOT = Path(__file__).parents[1]
@@ -204,6 +205,41 @@ def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, stat
         assert detail in record["detail"]
         chosen = {mode.candidate.lowering for mode in f.plan(X, K).choices.values() if mode.candidate}
         assert chosen and "toy" not in chosen and "toy" not in used
+
+
+def test_what_did_not_fit_is_measured_where_there_is_room(monkeypatch):
+    """In a container, or while others took the memory: that says nothing of another machine or time."""
+    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Hungry(), "xla": lowerings()["xla"]})
+    asked, real = [], line.measure
+    monkeypatch.setattr(line, "measure", lambda jobs, **how: asked.extend(jobs) or real(jobs, **how))
+    rooms = [(1 << 20, jnp.tanh, "memory", True), (1 << 20, jnp.sin, "memory", False), (None, jnp.cos, "ok", True)]
+    with registered(Hungry()):
+        for room, function, status, anew in rooms:
+            monkeypatch.setattr(line, "available_memory", lambda device, room=room: room)
+            asked.clear()
+            auto_layout(lambda x, k, function=function: function(conv(x, k)), verdict=False)(X, K)
+            assert bool(asked) == anew
+            (record,) = [value for name, value in records().items() if name.startswith("toy@")]
+            assert record["status"] == status
+
+
+@pytest.mark.parametrize(("limit", "way"), [(1.0, "modest"), (1.25, "modest"), (1000.0, "hungry")])
+def test_a_derived_convolution_keeps_within_the_limit_by_itself(costs, monkeypatch, limit, way):
+    """Nobody judges the program that it is in."""
+    found = {"hungry": (1e3, 2**27), "modest": (2e3, 10), "xla": (1e9, 10)}
+    toys = {name: type(name, (Toy,), {"name": name})() for name in ("hungry", "modest")}
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: toys)
+
+    def measure(jobs, **_):
+        for job in jobs:
+            seen = {way: found.get(way.partition("@")[0], (1.0, 0)) for way in job.alternatives}
+            yield job, {way: replace(measurement(ns), temp_bytes=temp) for way, (ns, temp) in seen.items()}
+
+    monkeypatch.setattr(line, "measure", measure)
+    with registered(toys["hungry"]), registered(toys["modest"]):
+        plan = line.choose(jax.make_jaxpr(conv)(X, K), Options(memory_limit=limit), Silent(), threading.Event())
+    assert [mode.candidate.lowering for mode in plan.choices.values() if mode.candidate] == [way]
 
 
 def test_compiler_options_hold_for_measuring_and_judging(monkeypatch):
