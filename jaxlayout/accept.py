@@ -52,7 +52,9 @@ class Verdict:
     """Outputs that differ by more than that, and no more than the original itself moves them where its arguments are
     rounded differently: rounding noise."""
     original_temp: int | None = None
+    """Of the original: temporary memory."""
     tuned_temp: int | None = None
+    """Of the rewritten one: likewise, and what its arguments take more than the original's, where they are prepared."""
 
     def __post_init__(self) -> None:
         if len(self.reason) > MAX_REASON:
@@ -106,11 +108,12 @@ def accept(
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     seen: dict[str, Any] = {}
     if old is not None and new is not None:
-        seen = {"original_temp": old.temp_size_in_bytes, "tuned_temp": new.temp_size_in_bytes}
-        whole = old.argument_size_in_bytes + old.output_size_in_bytes - old.alias_size_in_bytes + seen["original_temp"]
-        allowed = seen["original_temp"] + (memory_limit - 1) * max(whole, LITTLE)
+        more = _held(new) - _held(old)  # of frozen arguments it takes what is prepared of them
+        seen = {"original_temp": old.temp_size_in_bytes, "tuned_temp": max(0, new.temp_size_in_bytes + more)}
+        allowed = seen["original_temp"] + allowance(_held(old) + seen["original_temp"], memory_limit)
         if seen["tuned_temp"] > allowed:
-            reason = f"it needs {seen['tuned_temp']} bytes of temporary memory, {allowed:.0f} are allowed"
+            prepared = f", {more} of them for prepared arguments" if more > 0 else ""
+            reason = f"it needs {seen['tuned_temp']} bytes of temporary memory{prepared}, {allowed:.0f} are allowed"
             return Verdict(kept=False, cause="memory", reason=reason, **seen)
     if reason := more_collectives(before.program, after.program):
         return Verdict(kept=False, cause="collectives", reason=reason, **seen)
@@ -143,6 +146,16 @@ def accept(
         pairs=times.pairs,
         **seen,
     )
+
+
+def allowance(whole: float, memory_limit: float) -> float:
+    """Bytes that may be needed beyond those that a function needs as a whole."""
+    return (memory_limit - 1) * max(whole, LITTLE)
+
+
+def _held(memory: Any) -> int:
+    """Bytes of arguments and results."""
+    return memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 _COLLECTIVES = (

@@ -163,7 +163,8 @@ class AutoLayout:
     def freeze(self, *args: Any, **kwargs: Any) -> Frozen:
         """The function of the rest of its arguments. What depends on those given here alone (a network's weights, in
         inference) is computed once, when the shapes of the rest are first seen: converted and packed kernels, a batch
-        normalisation's scale and shift, folded into the kernel before it.
+        normalisation's scale and shift, folded into the kernel before it. The arguments are copied: what becomes of the
+        caller's own, donated ones too, does not matter any more.
 
         Raises:
           TypeError: for arguments that the function does not take, and, when called, for a frozen one given again.

@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, unspecified_sharding
+from jaxlayout.accept import allowance
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.plan import Plan
@@ -52,8 +53,11 @@ class Frozen:
 
     For each new set of shapes of those the function is planned, and what depends on frozen arguments alone is computed,
     once; the arrays that come of it are arguments of the function that calls run, so the compiler sees no constants.
-    Inside another transformation of JAX they are prepared just so, but each convolution stays one, with a convolution's
-    derivative and batch. Where a frozen argument is being traced itself nothing is prepared.
+    Where they would take more memory than the limit allows nothing is prepared. Inside another transformation of JAX
+    they are prepared just so, but each convolution stays one, with a convolution's derivative and batch. Where a frozen
+    argument is being traced itself nothing is prepared.
+
+    What is frozen is what it is now, in arrays of its own: the caller's may be changed or donated.
     """
 
     def __init__(self, layout: AutoLayout, args: tuple[Any, ...], kwargs: dict[str, Any]):
@@ -69,8 +73,9 @@ class Frozen:
         if self._signature is not None:
             self._signature.bind_partial(*args, **kwargs)
         leaves, self._tree = jax.tree.flatten((args, kwargs))
-        # The caller may change a NumPy array later: what is frozen is what it is now.
-        self._leaves = [x.copy() if isinstance(x, np.ndarray) else x for x in leaves]
+        with Workers(1) as workers:  # where no trace is under way
+            copies = workers.submit(lambda: {id(x): _copied(x) for x in leaves}).result()
+        self._leaves = [copies[id(x)] for x in leaves]
         self._is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
         self._static: dict[Any, tuple[bool, ...]] = {}
         self._prepared: dict[Any, _Prepared] = {}
@@ -192,11 +197,18 @@ class Frozen:
 
         picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
-        split = Split.of(flattened(chosen, arrays, expand=not whole), frozen)
+        expanded = flattened(chosen, arrays, expand=not whole)
+        split = Split.of(expanded, frozen)
+        if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the judge has seen what it needs
+            given, kept = split.nbytes
+            if kept - given > allowance(given, self._layout.options.memory_limit):
+                split = Split.unprepared(expanded, frozen)
+        closed_over = {id(x) for x in outer}
 
         def prepare() -> tuple[jax.Array, ...]:
             own, _ = split.sides(arrays)
-            return split.prepare([x if isinstance(x, jax.Array) else jnp.asarray(x) for x in own])
+            kept = split.prepare([x if isinstance(x, jax.Array) else jnp.asarray(x) for x in own])
+            return tuple(_copied(x) if id(x) in closed_over else x for x in kept)
 
         def run(kept: Sequence[Any], *rest: Any) -> Any:
             return jax.tree.unflatten(out_trees[0], split.run(*kept, *rest))
@@ -264,3 +276,12 @@ class Frozen:
         left = len(positional) - self._count
         if inspect.Parameter.VAR_POSITIONAL not in kinds and count > left:
             raise TypeError(f"{count} positional arguments given, {max(0, left)} expected: {self._count} are frozen")
+
+
+def _copied(x: Any) -> Any:
+    """An array that nobody else can change, donate or delete, in the place of one."""
+    if isinstance(x, np.ndarray):
+        return x.copy()
+    if isinstance(x, Tracer) or not isinstance(x, jax.Array):
+        return x
+    return jax.device_put(x, x.sharding if x.committed else None, may_alias=False)

@@ -7,9 +7,9 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlayout import __version__
 from jaxlayout._compat import open_jaxpr
-from jaxlayout.accept import Verdict
+from jaxlayout.accept import Verdict, allowance
+from jaxlayout.budget import process_budget
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import lowerings
+from jaxlayout.convs.lowering import lowerings, prepared_growth
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.environment import Environment, current_environment
@@ -66,28 +68,6 @@ class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
 
 
-class Budget:
-    """The seconds of measuring that a process has spent."""
-
-    def __init__(self) -> None:
-        self._before = 0.0
-        self._since: float | None = None
-
-    def spent(self) -> float:
-        """So far, the measuring under way included."""
-        return self._before + (time.monotonic() - self._since if self._since is not None else 0.0)
-
-    @contextmanager
-    def spending(self) -> Iterator[None]:
-        """Counts the time of a `with` block."""
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._before, self._since = self.spent(), None
-
-
-process_budget = Budget()
 _tables: dict[str | None, CostTable] = {}
 _provisional: dict[tuple[Any, ...], Outcome] = {}
 """What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
@@ -172,7 +152,15 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
     graph = line.graph({})
     jobs = line.model.missing_convolutions(graph)
-    return line.solve(graph)[0] if line.measure("convolutions", jobs) == len(jobs) else Plan()
+    if line.measure("convolutions", jobs) < len(jobs):
+        return Plan()
+    for node in graph.sites:  # nobody judges the whole: what it takes by itself stays within the limit
+        if node.conv is not None and node.modes[0].candidate is not None:
+            known = line.model.measurement(node.conv, node.modes[0].candidate)
+            written = (known and known.temp_bytes) or 0
+            more = allowance(node.conv.nbytes + written, options.memory_limit)
+            line.model.most[node.conv.key] = written + more
+    return line.solve(graph)[0]
 
 
 def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
@@ -182,7 +170,7 @@ def cost_model(options: Options, device: Any, context: Context, compiler_options
         environment += "-relaxed"
     # A policy that measures nothing leaves the file alone.
     table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
-    return CostModel(table, environment, LayoutPolicy.for_device(device), context)
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
 
 
 def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
@@ -199,7 +187,8 @@ class _Line:
         self.context: Context = task.context
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
-        self.turns = Turns(self.options.lock_timeout, self.stop)
+        self.spender = process_budget.spender()
+        self.turns = Turns(self.options.lock_timeout, self.stop, waiting=self.spender.waiting)
         if without is None:
             self.judging = Judge(task, task.told, self.turns)
         else:
@@ -211,7 +200,8 @@ class _Line:
         self.divided = of_arguments(self.jaxpr, task.shardings)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
-        rules = {"rules": ",".join(rule_names()), "numerics": self.options.numerics}
+        # Measurements outlive a release. What is planned from them, and judged, each release does anew.
+        rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = _compiled(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
@@ -369,10 +359,10 @@ class _Line:
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
         if self.task.executor is not None:  # its workers may be of this machine, and take the lock
-            with process_budget.spending():
+            with self.spender.spending():
                 self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
         left = [job for job in jobs if not self.model.learned(job)]  # by others, or just now elsewhere
-        with process_budget.spending():
+        with self.spender.spending():
             here = measure(
                 left,
                 device=self.device,
@@ -421,15 +411,17 @@ class _Line:
 
     def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
         """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
-        most memory is alive (more than half of the most), the one that is the least loss for it. With it all others
-        that need as much there, but for the one that is written."""
+        most memory is alive (more than half of the most), what they prepare of the kernel included, the one that is the
+        least loss for it. With it all others that need as much there, but for the one that is written."""
         needs: dict[tuple[str, str], int] = {}
         losses: dict[tuple[str, str], float] = {}
         likes: dict[tuple[str, str], set[tuple[str, str]]] = {}
 
         def temp(conv: ConvSignature, candidate: Candidate) -> int:
             found = self.model.measurement(conv, candidate)
-            return (found and found.temp_bytes) or 0
+            if found is None or found.median_ns is None:
+                return 0
+            return max(found.temp_bytes or 0, prepared_growth(candidate.lowering, conv, candidate.dims))
 
         for node in graph.sites:
             mode, conv, written = plan.choices.get(node.path), node.conv, node.modes[0]

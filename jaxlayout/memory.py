@@ -1,13 +1,15 @@
-"""What the C library does with the memory of arrays that are gone."""
+"""What `malloc` does with the memory of arrays that are gone, and whose it is."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _LARGEST = 2**31 - 1
-_SEEN = 2**26
+_SEEN, _PAGES = 2**26, 8
+"""Bytes of a large array, and how many pages of it are looked at, one in each eighth: also where a page is large."""
 
 
 def keep_freed_memory() -> bool:
@@ -28,20 +30,61 @@ def keep_freed_memory() -> bool:
     return all([mallopt(option, value) for option, value in told.items()])
 
 
+def allocator() -> str:
+    """Whose `malloc` this process has, by its library's name, and what becomes of freed memory, in words."""
+    kept = keeps_freed_memory()
+    does = "" if kept is None else " keeps freed memory" if kept else " gives freed memory back"
+    return f"{_library() or 'unknown'}{does}"
+
+
 def keeps_freed_memory() -> bool | None:
-    """Whether the memory of a large array that is gone serves the next one in this process, seen by filling two of
-    64 MiB; None where that cannot be seen (on Linux it can)."""
+    """Whether the memory of a large array that is gone serves the next one in this process, whatever has told `malloc`
+    so; seen by taking 64 MiB twice and touching some pages of it. None where that cannot be seen (on Linux it can)."""
     if not sys.platform.startswith("linux"):
         return None
     import resource
 
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+
     def faults() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
-    def fill() -> None:
-        len(b"x" * _SEEN)  # and gone
+    def touch() -> int | None:
+        """How many of the pages touched have to be given by the system."""
+        if (start := libc.malloc(_SEEN)) is None:
+            return None
+        before = faults()
+        for n in range(_PAGES):
+            ctypes.memset(start + n * (_SEEN // _PAGES), 1, 1)
+        new = faults() - before
+        libc.free(start)
+        return new
 
-    fill()
-    before = faults()
-    fill()
-    return faults() - before < _SEEN // resource.getpagesize() // 10
+    touch()
+    new = touch()
+    return None if new is None else new < _PAGES // 2
+
+
+def _library() -> str:
+    """The name of the file that has the `malloc` of this process (one that is loaded first replaces the C library's);
+    '' where that cannot be told."""
+    if os.name == "nt":
+        return ""
+    libc = ctypes.CDLL(None)
+    found = _Found()
+    if not hasattr(libc, "dladdr") or not libc.dladdr(ctypes.cast(libc.malloc, ctypes.c_void_p), ctypes.byref(found)):
+        return ""
+    return os.path.basename(os.fsdecode(found.file or b""))
+
+
+class _Found(ctypes.Structure):
+    """What `dladdr` tells of an address: file, where that begins, the symbol, where that begins."""
+
+    _fields_ = (
+        ("file", ctypes.c_char_p),
+        ("base", ctypes.c_void_p),
+        ("name", ctypes.c_char_p),
+        ("start", ctypes.c_void_p),
+    )

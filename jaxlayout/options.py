@@ -21,7 +21,8 @@ class Options:
     """Seconds that this process may spend on measuring, over all functions and shapes."""
     memory_limit: float = 1.25
     """Memory that the rewritten function may need, arguments and results included, relative to the original, or to
-    256 MiB where that needs less: at 1.25 temporary memory may grow by a quarter of the whole, and by 64 MiB anyway."""
+    256 MiB where that needs less: at 1.25 temporary memory, and what is prepared of frozen arguments, may grow by a
+    quarter of the whole, and by 64 MiB anyway."""
     numerics: Literal["strict", "relaxed"] = "strict"
     """strict: a candidate's error against float64 is at most max(2x XLA's own, 3 eps sqrt(K)); relaxed: 100 times
     that."""

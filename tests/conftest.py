@@ -10,6 +10,7 @@ import pytest
 
 from jaxlayout import line
 from jaxlayout.accept import Verdict
+from jaxlayout.budget import Budget
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
 
@@ -28,7 +29,7 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(line, "_tables", {})
     monkeypatch.setattr(line, "_provisional", {})
-    monkeypatch.setattr(line, "process_budget", line.Budget())
+    monkeypatch.setattr(line, "process_budget", Budget())
 
 
 @pytest.fixture(autouse=True)

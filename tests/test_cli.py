@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from jaxlayout.cli.settings import add_options, options_of
 from jaxlayout.cli.target import argument, arguments, loaded
 from jaxlayout.cli.tune import has_failed
 from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.sqlite import SCHEMA_VERSION
 from jaxlayout.costs.table import describe, look
 from jaxlayout.costs.turns import Turns
 from jaxlayout.outcome import untouched
@@ -385,7 +388,7 @@ def test_bench_gives_a_ratio(model, forced, capsys):
 # table
 
 
-HERE = {"jax": "9.9", "jaxlib": "9.8", "jaxlayout": "0.1", "platform": "cpu", "device_kind": "cpu", "cpu": "Abacus"}
+HERE = {"jax": "9.9", "jaxlib": "9.8", "platform": "cpu", "device_kind": "cpu", "cpu": "Abacus", "allocator": "beads"}
 
 
 @pytest.fixture
@@ -403,7 +406,7 @@ def two(tmp_path):
 def test_show_counts_by_environment(two, capsys):
     text = printed(capsys, "table", "show")
     assert "3 measurements of 2 signatures, 1 plans" in text
-    assert "jax 9.9, jaxlib 9.8, jaxlayout 0.1 on cpu (Abacus, 2 cores), XLA_FLAGS=--x" in text
+    assert "jax 9.9, jaxlib 9.8 on cpu (Abacus, 2 cores, beads), XLA_FLAGS=--x" in text
     assert "unknown" in text and f"last written {time.strftime('%Y-')}" in text
     seen = json.loads(printed(capsys, "table", "show", "--json"))
     assert seen["refused"] == [] and seen["bytes"] > 0 and seen["path"] == two
@@ -430,6 +433,24 @@ def test_no_table_is_said_and_none_is_made(capsys):
     assert printed(capsys, "table", "path") == f"{path}\n"
     assert printed(capsys, "table", "path", "--table", "other") == "other\n"
     assert not path.exists()
+
+
+def test_the_table_of_another_schema_is_another_file(capsys, tmp_path):
+    path, own = tmp_path / "t.sqlite", tmp_path / f"t-{SCHEMA_VERSION}.sqlite"
+    with CostTable(path) as table:
+        table.record("env", "conv", "a", measurement(1e6))
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        raw.execute("PRAGMA user_version = 99")
+    assert printed(capsys, "table", "path", "--table", str(path)) == f"{own}\n"
+    assert main(["table", "show", "--table", str(path)]) == 1
+    assert f"no cost table at {own} yet" in capsys.readouterr().err
+    with CostTable(path) as table:
+        table.record_many("env", "conv", {"b": measurement(1e6), "c": measurement(1e6)})
+    shown = json.loads(printed(capsys, "table", "show", "--json", "--table", str(path)))
+    assert shown["path"] == str(own) and [env["measurements"] for env in shown["environments"]] == [2]
+    doctor = ("doctor", "--json", "--seconds", "0", "--table", str(path))
+    (found,) = (one["found"] for one in json.loads(printed(capsys, *doctor))["findings"] if one["check"] == "table")
+    assert found.startswith(f"{own}: 2 measurements")
 
 
 def test_export_import_and_merge(two, capsys, tmp_path):

@@ -3,15 +3,17 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
 
-from jaxlayout.costs import environment
 from jaxlayout.costs.environment import current_environment
+from jaxlayout.costs.measurement import MEASURING
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,6 +90,59 @@ def test_compiler_flags_count_but_not_how_they_are_written(monkeypatch, tmp_path
     assert current_environment().fingerprint != plain
 
 
+def environment_under(*before: str, **variables: str) -> dict[str, Any]:
+    """The environment of a process with these variables, after these lines."""
+    here = "from jaxlayout.costs.environment import current_environment"
+    return json.loads(
+        run(
+            "\n".join(("import json", here, *before, "print(json.dumps(current_environment().to_json()))")), **variables
+        )
+    )
+
+
+KEPT = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647"}
+MALLOPT = "import ctypes; [ctypes.CDLL(None).mallopt(*told) for told in ((-4, 0), (-1, 2**31 - 1))]"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is about glibc")
+def test_what_malloc_was_told_counts():
+    """By variables, by our own call, and by somebody else's."""
+    plain = environment_under()
+    told = environment_under(**KEPT)
+    ours = environment_under("import jaxlayout", "assert jaxlayout.keep_freed_memory()")
+    theirs = environment_under(MALLOPT)
+    assert told["variables"] == plain["variables"] | KEPT
+    assert environment_under(GLIBC_TUNABLES="glibc.malloc.hugetlb=1") == plain | {
+        "variables": plain["variables"] | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+    }
+    if "gives freed memory back" not in plain["allocator"]:
+        pytest.skip("large arrays are not handed back here")
+    for other in (told, ours, theirs):
+        assert other["allocator"] == plain["allocator"].replace("gives freed memory back", "keeps freed memory")
+    assert {name for name in plain if theirs[name] != plain[name]} == {"allocator"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or not shutil.which("cc"), reason="needs a compiler")
+def test_whose_malloc_it_is_counts(tmp_path):
+    """One that is loaded before the C library's, whichever way."""
+    source, library = tmp_path / "malloc.c", tmp_path / "libmine.so"
+    source.write_text("void *__libc_malloc(unsigned long); void *malloc(unsigned long n) { return __libc_malloc(n); }")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+    script = "from jaxlayout.memory import allocator; print(allocator())"
+    assert run(script).startswith("libc.so")
+    assert run(script, LD_PRELOAD=str(library)).startswith("libmine.so ")
+
+
+def test_the_key_holds_how_times_are_taken_and_not_the_packages_version(monkeypatch):
+    """Lowerings have versions of their own: what was measured outlives a release."""
+    here = current_environment()
+    assert not {"jaxlayout", "schema"} & here.to_json().keys()
+    monkeypatch.setattr("jaxlayout.__version__", "99.0")
+    assert current_environment() == here
+    monkeypatch.setattr("jaxlayout.costs.environment.MEASURING", MEASURING + 1)
+    assert current_environment().fingerprint != here.fingerprint
+
+
 def test_the_default_device_is_jaxs(monkeypatch):
     device = jax.local_devices(backend="cpu")[-1]
     with jax.default_device(device):
@@ -100,7 +155,7 @@ def test_cores_are_those_that_the_process_may_use():
     mine = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(mine)})
-        assert environment._cores() == 1
+        assert current_environment().cores == 1
     finally:
         os.sched_setaffinity(0, mine)
 

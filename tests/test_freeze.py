@@ -17,11 +17,13 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import measurement
 from flax import linen
 from jax import lax
 
 from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout, judge, line
 from jaxlayout.accept import Verdict
+from jaxlayout.convs.lowering import Lowering, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode, build_graph
 from jaxlayout.graph.solve import solve
@@ -421,6 +423,163 @@ def test_what_is_judged_is_what_runs(judged, monkeypatch):
     assert len(before.program.in_avals[0]) == len(args) == 11
     assert len(after.program.in_avals[0]) == len(frozen.trace(X).jaxpr.in_avals) == 5
     close(list(after(*args)), list(before(*args)))
+
+
+# Memory, and whose it is
+
+
+class Packed(Lowering):
+    """Prepares a kernel a hundred times as large."""
+
+    name = "packed"
+
+    def applies(self, conv):
+        return True
+
+    def orders(self, conv):
+        yield ConvDimensionNumbers.channels_last(conv.rank)
+
+    def prepare(self, conv, dims, rhs):
+        return jnp.stack([rhs] * 100)
+
+    def apply(self, conv, dims, lhs, prepared):
+        params = {"dimension_numbers": dims.to_lax(), **conv.params}
+        which = jnp.int32(lhs.ravel()[0] > 1e30)  # so that all of it is needed
+        return lax.conv_general_dilated(lhs, prepared[which], **params)
+
+
+def packed_kernels(frozen: Frozen, x: Any) -> list[int]:
+    """The sizes of what the function has kept of kernels a hundred times as large."""
+    return sorted(kept.size for kept in frozen._found((x,), {})[0].kept if kept.ndim == 5)
+
+
+@pytest.fixture
+def packed(judged, monkeypatch):
+    """`judged`, and `packed` seems to be the fastest way, then XLA's with another order of the kernel."""
+    cost = {"packed": 1e3, "xla": 1e4}
+
+    def measure(jobs, **_):
+        for job in jobs:
+            written, *others = job.alternatives
+            ns = {name: cost.get(name.partition("@")[0], 1e8) for name in others}
+            yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
+
+    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    ways = {"packed": Packed(), "xla": lowerings()["xla"]}
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: ways)
+    with registered(Packed()):
+        yield
+
+
+def test_what_is_prepared_counts_as_memory(packed):
+    """Of two kernels one grows by too much: that form is ruled out, and the other is kept in it."""
+    large, small = normal(0, 1, 1, 64, 64), normal(1, 1, 1, 64, 2)
+    x = image("NHWC") @ normal(2, 3, 64)
+
+    def f(ks, x):
+        return conv(jnp.tanh(conv(x, ks[0])), ks[1])
+
+    def kept(limit: float) -> list[int]:
+        frozen = auto_layout(f, memory_limit=limit).freeze((large, small))
+        close(frozen(x), f((large, small), x))
+        assert frozen.outcome(x).kept == bool(packed_kernels(frozen, x))
+        return packed_kernels(frozen, x)
+
+    assert kept(1000.0) == [100 * small.size, 100 * large.size]
+    assert kept(5.0) == [100 * small.size]
+
+
+def test_what_is_refused_for_its_memory_says_so(packed, monkeypatch):
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"packed": Packed()})
+    frozen = auto_layout(lambda k, x: conv(x, k), memory_limit=1.0).freeze(K)
+    close(frozen(X), conv(X, K))
+    words = f"{99 * K.nbytes} of them for prepared arguments"
+    assert not frozen.outcome(X).kept and words in frozen.outcome(X).verdict.reason
+
+
+@pytest.mark.parametrize("policy", ["auto", "channels_last"])
+@pytest.mark.parametrize(("limit", "dtype"), [(1.0, jnp.bfloat16), (1.5, jnp.bfloat16), (2.0, np.float32)])
+def test_weights_that_the_function_widens(judged, monkeypatch, policy, limit, dtype):
+    """Prepared they would take twice the memory, whatever lays out the convolution."""
+    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+
+    def f(k, x):
+        return jnp.tanh(conv(x, jnp.tanh(k.astype(np.float32))))
+
+    k = normal(0, 3, 3, 3, 4, dtype=jnp.bfloat16)
+    frozen = auto_layout(f, memory_limit=limit, policy=policy, on_miss="heuristic").freeze(k)
+    close(frozen(X), f(k, X))
+    assert [x.dtype for x in frozen._found((X,), {})[0].kept] == [dtype]
+
+
+def donate(tree: Any) -> None:
+    """As a training step does."""
+    jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)(tree)
+    assert all(x.is_deleted() for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("policy", ["auto", "channels_last", "off"])
+def test_weights_may_be_donated_elsewhere(policy):
+    """They are those of when they were frozen: where something is prepared, where nothing is, and for new shapes."""
+    params = jax.tree.map(jnp.copy, PARAMS)
+    tied = params[0]["mean"]
+
+    def f(params, tied, x):
+        out = net(params, x)
+        return out, params[0]["kernel"], tied
+
+    frozen = auto_layout(f, policy=policy).freeze(params, tied)
+    expected = f(PARAMS, PARAMS[0]["mean"], X)
+    close(frozen(X), expected)
+    donate(params)
+    close(frozen(X), expected)
+    close(frozen(X[:1]), f(PARAMS, PARAMS[0]["mean"], X[:1]))
+    close(jax.jit(frozen)(X), expected)
+
+
+def test_what_a_frozen_function_gives_is_not_its_own():
+    """A result that is a weight may be donated, too."""
+    frozen = auto_layout(lambda k, x: (conv(x, k), k)).freeze(K)
+    donate(frozen(X))
+    close(frozen(X), (conv(X, K), K))
+
+
+def test_closed_over_weights_may_be_donated_elsewhere():
+    k, v = jnp.copy(K), jnp.copy(V)
+    frozen = auto_layout(lambda w, x: conv(x, k) * w + v).freeze(V)
+    expected = conv(X, K) * V + V
+    close(frozen(X), expected)
+    donate((k, v))
+    close(frozen(X), expected)
+
+
+def test_freezing_what_is_gone_is_refused_at_once():
+    k = jnp.copy(K)
+    donate(k)
+    with pytest.raises(RuntimeError, match="deleted"):
+        auto_layout(lambda k, x: conv(x, k)).freeze(k)
+
+
+def test_frozen_inside_a_jit_of_what_is_not_traced():
+    """Copied where no trace is under way: it is prepared as ever."""
+
+    @jax.jit
+    def outer(x):
+        frozen = auto_layout(net).freeze(PARAMS)
+        assert not frozen._is_traced and not any(isinstance(leaf, jax.core.Tracer) for leaf in frozen._leaves)
+        return frozen(x)
+
+    close(outer(X), net(PARAMS, X))
+
+
+def test_copies_lie_where_the_arrays_do():
+    device = jax.devices()[-1]
+    k, key = jax.device_put(K, device), jax.random.key(0)
+    frozen = auto_layout(lambda w, x: conv(x, w["k"])).freeze({"k": k, "key": key, "free": V, "one": 1.0})
+    held = jax.tree.unflatten(frozen._tree, frozen._leaves)[0][0]
+    assert held["k"].committed and held["k"].sharding == k.sharding and not held["free"].committed
+    assert held["key"].dtype == key.dtype and held["one"] == 1.0
 
 
 # Errors

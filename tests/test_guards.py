@@ -6,6 +6,7 @@ made to come out in the rewritten function's favour where it matters.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import logging
@@ -43,6 +44,7 @@ from jaxlayout import (
 )
 from jaxlayout.accept import Comparison, Verdict, accept, compare, draws, liveliest
 from jaxlayout.accuracy import MAX_TOLERANCE, Accuracy, accuracies
+from jaxlayout.budget import Budget
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
@@ -53,6 +55,7 @@ from jaxlayout.graph.fit import check_fit
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import equations
+from jaxlayout.progress import Silent
 from jaxlayout.timing import Paired
 
 ROOT = Path(__file__).parents[1]
@@ -202,6 +205,41 @@ def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, stat
         assert detail in record["detail"]
         chosen = {mode.candidate.lowering for mode in f.plan(X, K).choices.values() if mode.candidate}
         assert chosen and "toy" not in chosen and "toy" not in used
+
+
+def test_what_did_not_fit_is_measured_where_there_is_room(monkeypatch):
+    """In a container, or while others took the memory: that says nothing of another machine or time."""
+    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Hungry(), "xla": lowerings()["xla"]})
+    asked, real = [], line.measure
+    monkeypatch.setattr(line, "measure", lambda jobs, **how: asked.extend(jobs) or real(jobs, **how))
+    rooms = [(1 << 20, jnp.tanh, "memory", True), (1 << 20, jnp.sin, "memory", False), (None, jnp.cos, "ok", True)]
+    with registered(Hungry()):
+        for room, function, status, anew in rooms:
+            monkeypatch.setattr(line, "available_memory", lambda device, room=room: room)
+            asked.clear()
+            auto_layout(lambda x, k, function=function: function(conv(x, k)), verdict=False)(X, K)
+            assert bool(asked) == anew
+            (record,) = [value for name, value in records().items() if name.startswith("toy@")]
+            assert record["status"] == status
+
+
+@pytest.mark.parametrize(("limit", "way"), [(1.0, "modest"), (1.25, "modest"), (1000.0, "hungry")])
+def test_a_derived_convolution_keeps_within_the_limit_by_itself(costs, monkeypatch, limit, way):
+    """Nobody judges the program that it is in."""
+    found = {"hungry": (1e3, 2**27), "modest": (2e3, 10), "xla": (1e9, 10)}
+    toys = {name: type(name, (Toy,), {"name": name})() for name in ("hungry", "modest")}
+    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: toys)
+
+    def measure(jobs, **_):
+        for job in jobs:
+            seen = {way: found.get(way.partition("@")[0], (1.0, 0)) for way in job.alternatives}
+            yield job, {way: replace(measurement(ns), temp_bytes=temp) for way, (ns, temp) in seen.items()}
+
+    monkeypatch.setattr(line, "measure", measure)
+    with registered(toys["hungry"]), registered(toys["modest"]):
+        plan = line.choose(jax.make_jaxpr(conv)(X, K), Options(memory_limit=limit), Silent(), threading.Event())
+    assert [mode.candidate.lowering for mode in plan.choices.values() if mode.candidate] == [way]
 
 
 def test_compiler_options_hold_for_measuring_and_judging(monkeypatch):
@@ -846,6 +884,23 @@ def test_a_budget_is_for_the_process(costs, monkeypatch):
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
 
 
+def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
+    now = [0.0]
+    budget, real = Budget(lambda: now[0]), line.measure
+
+    def measure(jobs, *, turns, **how):
+        with turns.waiting():
+            now[0] += 1000.0
+        for one in real(jobs, turns=turns, **how):
+            now[0] += 1.0
+            yield one
+
+    monkeypatch.setattr(line, "process_budget", budget)
+    monkeypatch.setattr(line, "measure", measure)
+    assert auto_layout(conv, time_budget=300.0).outcome(X, K).source == "measured"
+    assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(costs)
+
+
 def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
 
@@ -1170,6 +1225,29 @@ def test_different_options_have_different_plans(costs):
     for options in ({"memory_limit": 999.0}, {"numerics": "relaxed"}, {"verdict": True}):
         assert auto_layout(conv, **options).outcome(X, K).source == "measured"
     assert auto_layout(conv, time_budget=5.0).outcome(X, K).source == "stored"
+
+
+def test_a_release_plans_anew_from_what_was_measured(costs, monkeypatch):
+    auto_layout(conv)(X, K)
+    asked = len(costs)
+    monkeypatch.setattr(line, "__version__", "99.0")
+    assert auto_layout(conv).outcome(X, K).source == "measured"
+    assert auto_layout(conv).outcome(X, K).source == "stored"
+    assert len(costs) == asked
+
+
+def test_a_rule_that_is_another_has_other_plans_and_times(costs, monkeypatch):
+    def pooled(x, k):
+        return lax.reduce_window(conv(x, k), -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
+
+    x = normal(4, 2, 3, 128, 128)
+    rules, pooling = importlib.import_module("jaxlayout.graph.rules.base"), lax.reduce_window_max_p
+    auto_layout(pooled)(x, K)
+    asked = len(costs)
+    monkeypatch.setitem(rules._table, pooling, replace(rules.rule_for(pooling), version=2))
+    assert auto_layout(pooled).outcome(x, K).source == "measured"
+    (timed,) = (key for key in costs[:asked] if key.startswith("reduce_window_max@1 "))
+    assert costs[asked:] == [timed.replace("@1", "@2")]
 
 
 # Interruption

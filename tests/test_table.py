@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -488,24 +489,97 @@ def test_an_empty_file_is_an_empty_table(path):
     assert not damaged_files(path)
 
 
-@pytest.mark.parametrize("kind", ["another schema", "another program's"])
-def test_a_sound_database_that_is_no_table_of_ours_is_set_aside_unchanged(path, kind):
+def test_a_sound_database_of_another_program_is_set_aside_unchanged(path):
     filled(path, 3)
     with sqlite3.connect(path) as raw:
-        if kind == "another schema":
-            raw.execute(f"PRAGMA user_version = {sqlite.SCHEMA_VERSION + 1}")
-        else:
-            raw.execute("PRAGMA application_id = 7")
+        raw.execute("PRAGMA application_id = 7")
     raw.close()
-    reason = "its schema is version" if kind == "another schema" else "not a cost table"
     with CostTable(path) as table:
-        with pytest.warns(TableWarning, match=reason + r".*; 0 valid records"):
+        with pytest.warns(TableWarning, match=r"not a cost table.*; 0 valid records"):
             table.record("env", "conv", "a", OK)
         assert table.measurements("env", "conv") == {"a": OK}
     (aside,) = damaged_files(path)
     raw = sqlite3.connect(aside)
     assert raw.execute("SELECT count(*) FROM measurements").fetchone() == (3,)
     raw.close()
+
+
+# Other schemas
+
+
+def of_schema(version: int) -> pytest.MonkeyPatch:
+    """The package as it is when its schema has another number, until undone."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(sqlite, "SCHEMA_VERSION", version)
+    patch.setattr(sqlite, "SCHEMA", re.sub(r"user_version = \d+", f"user_version = {version}", sqlite.SCHEMA))
+    return patch
+
+
+@pytest.mark.parametrize("versions", [(1, 2), (2, 1), (7, 3, 1)])
+@pytest.mark.parametrize("suffix", [".sqlite", ""])
+def test_versions_of_different_schemas_used_in_turn_keep_all_they_have(path, versions, suffix):
+    path, turns = path.with_suffix(suffix), 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for turn in range(turns):
+            for version in versions:
+                patch = of_schema(version)
+                try:
+                    with CostTable(path) as table:
+                        table.record("env", "conv", f"{version}, {turn}", OK)
+                        found = table.measurements("env", "conv")
+                        assert list(found) == [f"{version}, {n}" for n in range(turn, -1, -1)]
+                    with CostTable(table.path) as again:  # by the name that `jaxlayout table path` prints
+                        assert again.measurements("env", "conv") == found and again.path == table.path
+                finally:
+                    patch.undo()
+    names = {path.name, *(f"{path.stem}-{version}{suffix}" for version in versions[1:])}
+    assert {file.name for file in path.parent.iterdir()} == names
+
+
+def test_a_table_stays_with_its_records_when_the_other_schemas_is_gone(path):
+    filled(path, 3)
+    patch = of_schema(2)
+    try:
+        those = filled(path, 5)
+        path.unlink()
+        with CostTable(path) as table:
+            assert table.measurements("env", "conv") == those
+    finally:
+        patch.undo()
+    assert not damaged_files(path)
+
+
+def test_two_schemas_that_start_at_the_same_moment(path, monkeypatch):
+    """The other one's file appears between looking and opening: it is not damaged."""
+    path.parent.mkdir()
+    path.touch()
+    connect = sqlite3.connect
+
+    def late(*args, **keywords):
+        monkeypatch.setattr(sqlite3, "connect", connect)
+        patch = of_schema(2)
+        try:
+            filled(path, 3)
+        finally:
+            patch.undo()
+        return connect(*args, **keywords)
+
+    monkeypatch.setattr(sqlite3, "connect", late)
+    with CostTable(path) as table:
+        table.record("env", "conv", "a", OK)
+        assert table.measurements("env", "conv") == {"a": OK} and table.path != path
+    assert not damaged_files(path) and sqlite.schema_of(path) == 2
+
+
+def test_merging_from_another_schema_says_so(path):
+    patch = of_schema(2)
+    try:
+        filled(path, 3)
+    finally:
+        patch.undo()
+    with CostTable(path) as table:
+        assert table.merge(path) == (0, [f"{path.name}: its schema is version 2, not 1"])
 
 
 def test_whatever_byte_is_hit_nothing_raises_and_nothing_wrong_is_read(tmp_path):

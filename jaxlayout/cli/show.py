@@ -8,12 +8,14 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jaxlayout.cli.base import Failure, milliseconds, print_json, print_text
 from jaxlayout.cli.settings import options_of
 from jaxlayout.costs.contents import Holding, holdings, places
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.sqlite import file_at
 from jaxlayout.costs.table import default_path, look
 
 SHOW = """\
@@ -21,7 +23,7 @@ example:
 
   $ jaxlayout table show
   table.sqlite: 812 measurements of 57 signatures, 9 plans; 610.3 kB
-  jax 0.12.0, jaxlib 0.12.0, jaxlayout 0.1.0 on cpu (AMD EPYC 9B14, 2 cores)
+  jax 0.12.0, jaxlib 0.12.0 on cpu (AMD EPYC 9B14, 2 cores, libc.so.6 gives freed memory back)
     812 measurements of 57 signatures, 9 plans; last written 2026-05-04 11:30
 
   $ jaxlayout table show --signature rhs=64[3,      # what was measured of those convolutions
@@ -30,10 +32,11 @@ exit codes: 0, 1 if there is no table, or if any record in it is no valid one.""
 
 
 def table_path(given: argparse.Namespace) -> str:
-    """The file of the table: as told by the flag, or by the environment, or the usual one."""
+    """The file of the table: as told by the flag, or by the environment, or the usual one; see `file_at`."""
     from jaxlayout.options import Options
 
-    return Options.from_environment(**options_of(given)).table or str(default_path())
+    path = Options.from_environment(**options_of(given)).table or str(default_path())
+    return path if path == ":memory:" else str(file_at(Path(path)))
 
 
 def looked(given: argparse.Namespace) -> tuple[str, dict[str, Any], list[str]]:
@@ -106,8 +109,8 @@ def in_words(holding: Holding) -> str:
     flags = holding.environment.get("variables")
     under = "".join(f", {name}={value}" for name, value in flags.items()) if isinstance(flags, dict) else ""
     return (
-        f"jax {e['jax']}, jaxlib {e['jaxlib']}, jaxlayout {e['jaxlayout']} on {e['platform']}{device} "
-        f"({e['cpu']}, {e['cores']} cores){under}"
+        f"jax {e['jax']}, jaxlib {e['jaxlib']} on {e['platform']}{device} "
+        f"({e['cpu']}, {e['cores']} cores, {e['allocator']}){under}"
     )
 
 

@@ -51,8 +51,8 @@ example:
   removed 640 measurements of 41 signatures, 7 plans: ...
 
 An environment here is versions, device, processor and its cores; what was measured on the present one stays, whatever
-the XLA_FLAGS and settings of JAX. Where a table does not say what an environment was (it is from before it did), its
-records stay, but for --unknown.
+the XLA_FLAGS and settings of JAX and of malloc. Where a table does not say what an environment was (it is from before
+it did), its records stay, but for --unknown.
 """
 PATH = """\
 example:

@@ -214,6 +214,13 @@ def versioned(name: str) -> str:
     return "/".join(f"{part}@{lowering_named(part).version}" for part in name.split("/"))
 
 
+def prepared_growth(name: str, conv: ConvSignature, dims: ConvDimensionNumbers) -> int:
+    """Bytes that what a lowering prepares takes more than the kernel."""
+    rhs = jax.ShapeDtypeStruct(conv.rhs_shape(dims.rhs), conv.rhs_dtype)
+    prepared = jax.eval_shape(lambda rhs: lowering_named(name).prepare(conv, dims, rhs), rhs)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(prepared)) - rhs.size * rhs.dtype.itemsize
+
+
 def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
     """The convolution through one lowering; where that is more than one operation, a call by its name, which is traced
     and lowered once for many equal ones."""

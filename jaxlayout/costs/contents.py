@@ -12,7 +12,7 @@ from jaxlayout.costs.table import ENVIRONMENT
 
 KEY_ONLY = ("versions",)
 """Fields of an `Environment` that say how something was compiled or chosen, and not where."""
-SETTINGS = ("variables", "config")
+SETTINGS = ("allocator", "variables", "config")
 """Those that can be set otherwise at any time, and back."""
 
 MAX_TIME = 2.0**33

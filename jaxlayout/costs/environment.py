@@ -11,15 +11,16 @@ import json
 import os
 import pathlib
 import platform
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.extend.backend
 
-from jaxlayout.costs.sqlite import SCHEMA_VERSION
+from jaxlayout.costs.limits import cores
+from jaxlayout.costs.measurement import MEASURING
 from jaxlayout.costs.table import describe
+from jaxlayout.memory import allocator
 from jaxlayout.threads import default_device
 
 Device = Any  # jax.Device, which type checkers cannot see through
@@ -46,6 +47,8 @@ CONFIG = (
 
 VARIABLES = ("LIBTPU_INIT_ARGS", "NPROC", "NVIDIA_TF32_OVERRIDE", "PJRT_NPROC", "XLA_FLAGS")
 """Environment variables that do: compiler flags, TF32, and the size of XLA:CPU's thread pool."""
+ALLOCATORS = ("GLIBC_TUNABLES", "MALLOC_", "MIMALLOC_", "TCMALLOC_")
+"""How those begin that say what becomes of memory, which moves times by a third."""
 
 PLUGINS = ("jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
 """Packages that hold an accelerator's compiler or convolutions, looked at where the platform is not CPU."""
@@ -61,10 +64,10 @@ CPU_FIELDS = {
 class Environment:
     """Where a measurement holds. Equal fingerprints: measurements may be shared."""
 
-    schema: int
-    jaxlayout: str
+    measuring: int
+    """`MEASURING`."""
     versions: Pairs
-    """Versions of lowerings and rules, registered ones too."""
+    """For plans: what they depend on beside the rest, lowerings and rules, registered ones too, with their versions."""
     jax: str
     jaxlib: str
     xla: str
@@ -79,6 +82,8 @@ class Environment:
     """Hash of model, stepping, cache size and feature flags of all its cores."""
     cores: int
     """Cores this process may run on, or fewer where the control group's quota is lower."""
+    allocator: str
+    """As `memory.allocator` tells."""
     variables: Pairs
     config: Pairs
 
@@ -104,8 +109,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
     model, features = _processor()
     on_cpu = device.platform == "cpu"
     environment = Environment(
-        schema=SCHEMA_VERSION,
-        jaxlayout=_own_version(),
+        measuring=MEASURING,
         versions=_pairs(versions or {}),
         jax=jax.__version__,
         jaxlib=package_version("jaxlib") or "unknown",
@@ -116,8 +120,9 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
         device_kind=device.device_kind,
         cpu=model,
         cpu_features=features,
-        cores=_cores(),
-        variables=_pairs({name: _variable(name) for name in VARIABLES}),
+        cores=cores(),
+        allocator=allocator(),
+        variables=_pairs({name: _variable(name) for name in os.environ if _matters(name)}),
         config=_pairs({name: _option(name) for name in CONFIG}),
     )
     describe(environment.fingerprint, environment.to_json())
@@ -133,6 +138,10 @@ def _option(name: str) -> Any:
     """One JAX option as this thread sees it, or None where this JAX lacks it."""
     # Options without a context manager are flags: they are no attributes, but are listed in `values`.
     return getattr(jax.config, name, getattr(jax.config, "values", {}).get(name))
+
+
+def _matters(name: str) -> bool:
+    return name in VARIABLES or name.startswith(ALLOCATORS)
 
 
 def _variable(name: str) -> str | None:
@@ -158,12 +167,6 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _own_version() -> str:
-    """jaxlayout's version: what the imported package says, else what is installed."""
-    imported = getattr(sys.modules.get("jaxlayout"), "__version__", None)
-    return imported or package_version("jaxlayout") or "unknown"
-
-
 @functools.cache
 def _processor() -> tuple[str, str]:
     """(model in words, hash of all that is known of the cores, which may be of several kinds)."""
@@ -177,13 +180,3 @@ def _processor() -> tuple[str, str]:
     model = models[0] if models else platform.processor() or "unknown"
     described = json.dumps([platform.machine(), model, known])
     return model, hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def _cores() -> int:
-    """Cores this process may use: its affinity, and the quota of a container (control groups version 2)."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return min(cores, max(1, round(int(quota) / int(period))))
-    except (OSError, ValueError):  # no such file, or "max": no quota
-        return cores

@@ -8,7 +8,6 @@ It knows nothing of graphs and plans: a job is a convolution or a transpose with
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import statistics
 import time
@@ -27,6 +26,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowering_named, versioned
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
+from jaxlayout.costs.limits import memory_left
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
 from jaxlayout.costs.turns import NoTurn, Turns
@@ -480,9 +480,9 @@ def _failure(status: Any, detail: str, trial: _Trial | None = None) -> Measureme
     )
 
 
-def available_memory(device: Any) -> int:
-    """Bytes that a candidate may take: half of what the device, or the host where it is the device, has left."""
+def available_memory(device: Any) -> int | None:
+    """Bytes that a candidate may take: half of what the device, or the host where it is the device, has left; None
+    where that is not known."""
     stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return (stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // 2
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    left = stats["bytes_limit"] - stats.get("bytes_in_use", 0) if stats and "bytes_limit" in stats else memory_left()
+    return None if left is None else left // 2

@@ -9,6 +9,9 @@ from jaxlayout.checked import integer, number, one_of, optional, shown, text
 
 Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 
+MEASURING = 1
+"""How times are taken, as a number: raised by hand when that changes (what is timed around a candidate, what an
+equation's job does), so that earlier measurements are not found. Lowerings and rules have versions of their own."""
 MAX_NS = 86_400e9
 """Longest time that is believed, in nanoseconds: one application taking a day is a broken record."""
 MAX_RUNS = 10**9

@@ -47,13 +47,25 @@ class CostModel:
     byte_ns: float = 0.0
     """Charged for each byte of temporary memory and of converted copies: they take room, and a copy is in the way of
     what would have fused."""
+    room: int | None = 0
+    """Bytes that a candidate may take here; None: any. One that did not fit elsewhere, or before, is not known where it
+    would fit."""
+    most: dict[str, float] = field(default_factory=dict)
+    """Bytes of temporary memory that a convolution may take, by signature key, where not just any."""
     _known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
     def known(self, key: str) -> dict[str, Measurement]:
         """The measurements of a signature or transpose, by candidate id."""
         if key not in self._known:
-            self._known[key] = self.table.measurements(self.environment, key)
+            self._known[key] = self._told(key)
         return self._known[key]
+
+    def _told(self, key: str) -> dict[str, Measurement]:
+        found = self.table.measurements(self.environment, key)
+        return {name: one for name, one in found.items() if one.status != "memory" or not self._fits(one)}
+
+    def _fits(self, found: Measurement) -> bool:
+        return self.room is None or (found.temp_bytes or 0) <= self.room
 
     def record(self, key: str, found: dict[str, Measurement]) -> None:
         """Keep what was measured."""
@@ -71,7 +83,7 @@ class CostModel:
 
     def learned(self, job: Job) -> bool:
         """Whether the table knows all of a job by now: another process may have measured it meanwhile."""
-        self._known[job.key] = self.table.measurements(self.environment, job.key)
+        self._known[job.key] = self._told(job.key)
         return job.alternatives.keys() <= self._known[job.key].keys()
 
     def measurement(self, conv: ConvSignature, candidate: Candidate) -> Measurement | None:
@@ -83,7 +95,7 @@ class CostModel:
         if (conv.key, candidate.lowering) in self.forbidden:
             return np.inf
         if (found := self.measurement(conv, candidate)) is not None:
-            usable = found.status in ("ok", "slow") and found.median_ns is not None
+            usable = found.status in ("ok", "slow") and (found.temp_bytes or 0) <= self.most.get(conv.key, np.inf)
             return float(found.median_ns or 0.0) if usable else np.inf
         return np.inf if self.known(conv.key) else self.prior_ns(conv, candidate)
 

@@ -65,6 +65,24 @@ Record = tuple[str, str, Row, object]
 logger = logging.getLogger("jaxlayout")
 
 
+def file_at(path: pathlib.Path) -> pathlib.Path:
+    """The file of a table that is asked for by a path: of that name, or where a table of another schema has the name,
+    `<stem>-<schema>` beside it. So versions of different schemas that are used in turn keep a table each."""
+    own = path.parent / f"{path.stem}-{SCHEMA_VERSION}{path.suffix}"
+    return own if os.path.exists(own) or schema_of(path) not in (None, SCHEMA_VERSION) else path
+
+
+def schema_of(path: pathlib.Path) -> int | None:
+    """The schema of a cost table's file, as its header says; None for a file that is none, or cannot be read."""
+    header = b""
+    with contextlib.suppress(OSError):
+        if os.path.isfile(path):  # to open a pipe might wait
+            with path.open("rb") as file:
+                header = file.read(72)
+    ours = header.startswith(b"SQLite format 3\0") and int.from_bytes(header[68:72]) == APPLICATION_ID
+    return int.from_bytes(header[60:64]) if ours else None
+
+
 class UnusableError(sqlite3.DatabaseError):
     """Not a cost table of this schema, or one whose parts contradict each other."""
 

@@ -6,6 +6,7 @@ cannot be written is kept for this process, and one `TableWarning` says so.
 - Every record carries a checksum over its keys and its value. A record that fails it is no record.
 - A file that is damaged, or not ours, is renamed to `<name>.damaged-<time>`; what is valid in it is copied
   into a new one.
+- A file of another schema is another version's, and left alone: this one's is beside it (`sqlite.file_at`).
 - Many processes may write at once: each call of `record...` is one transaction. Where shared memory does not
   work (network file systems) the journal is an ordinary file.
 """
@@ -97,14 +98,15 @@ def _stored(path: str | os.PathLike[str], timeout: float, refused: list[str]) ->
 class CostTable:
     """Measurements by (environment, signature, candidate) and plans by (environment, function).
 
-    `path`: the file, made when first needed; None for `default_path()`; ":memory:" for none. `timeout`:
-    seconds to wait for another process that is writing. Threads may share a table, forked children too.
+    `path`: the file, made when first needed; None for `default_path()`; ":memory:" for none. Where a table of another
+    schema has it, it is another file (`sqlite.file_at`). `timeout`: seconds to wait for another process that is
+    writing. Threads may share a table, forked children too.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, timeout: float = 5.0):
         self._in_memory = path == ":memory:"  # also once the file has proved to be out of reach
         path = pathlib.Path(default_path() if path is None else path)
-        self.path = path if self._in_memory else path.absolute()
+        self._asked = self.path = path if self._in_memory else path.absolute()
         self._timeout = self._patience = timeout
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -372,6 +374,9 @@ class CostTable:
         """
         if self._in_memory:
             return
+        self.path = sqlite.file_at(self._asked)
+        if self.path != self._asked:
+            logger.info("%s is of another schema, or was: records are in %s", self._asked, self.path)
         # Looked at before it is opened: if it is replaced in between, the next call opens it again.
         self._file = sqlite.identity(self.path)
         try:
@@ -399,6 +404,8 @@ class CostTable:
         with file_lock(self._lock_path, REPAIR_SECONDS, what="repairing the cost table"):
             if self._file != sqlite.identity(self.path):
                 return  # another process was quicker
+            if self.path != sqlite.file_at(self._asked):
+                return  # a process of another schema has just made this file, and it is not damaged
             try:
                 aside = sqlite.rename(self.path)
             except OSError as failure:

@@ -296,7 +296,7 @@ class _Builder:
         def apply(mode: Mode, operands: Sequence[Any]) -> list[Any]:
             return rule.apply(eqn, operands, Orders(mode.operands, mode.results))
 
-        key = f"{eqn.primitive} {shapes} {plain(eqn.params)} in={context}"
+        key = f"{eqn.primitive}@{rule.version} {shapes} {plain(eqn.params)} in={context}"
         return Work(key, context, tuple(values[: len(eqn.invars)]), apply)
 
     def call(

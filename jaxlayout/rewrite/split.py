@@ -83,6 +83,19 @@ class Split:
         as_they_are = (var for var, held in zip(inner.invars, frozen, strict=True) if held and var in wanted)
         return cls(jaxpr, tuple(frozen), (*as_they_are, *kept), tuple(once[::-1]), tuple(rest[::-1]))
 
+    @classmethod
+    def unprepared(cls, jaxpr: Any, frozen: Sequence[bool]) -> Split:
+        """The split of which nothing is done once: the frozen arguments are kept as they are."""
+        inner = open_jaxpr(jaxpr)
+        held = (var for var, held in zip(inner.invars, frozen, strict=True) if held)
+        return cls(jaxpr, tuple(frozen), tuple(held), (), tuple(inner.eqns))
+
+    @property
+    def nbytes(self) -> tuple[int, int]:
+        """Of the frozen arguments, and of what is kept of them."""
+        given, _ = self.sides(open_jaxpr(self.jaxpr).invars)
+        return sum(map(_nbytes, given)), sum(map(_nbytes, self.kept))
+
     def sides(self, args: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         """The frozen ones of all arguments, and the others."""
         pairs = list(zip(args, self.frozen, strict=True))
@@ -111,6 +124,10 @@ class Split:
 
     def _constants(self) -> dict[Any, Any]:
         return dict(zip(open_jaxpr(self.jaxpr).constvars, consts_of(self.jaxpr), strict=True))
+
+
+def _nbytes(var: Any) -> int:
+    return var.aval.size * var.aval.dtype.itemsize
 
 
 def _variables(atoms: Sequence[Any]) -> set[Any]:

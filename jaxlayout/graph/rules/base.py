@@ -61,6 +61,8 @@ class Rule:
 
     sensitive: bool = False
     """Whether its time depends on the order, so that it is measured in each."""
+    version: int = 1
+    """Raised when it comes to do something else: plans and times from before are not found then."""
 
     def apply(self, eqn: Any, operands: Sequence[Any], orders: Orders) -> list[Any]:
         """Bind the equation on physical operands; gives physical results."""
@@ -118,6 +120,8 @@ class RegionRule:
     """What passes between the equation and its bodies; every operand, result, invar and outvar is of one port."""
     rebuild: Callable[[Any, Bodies, Sequence[Any], Orders], list[Any]]
     """Make the equation anew: equation, its re-traced bodies, physical operands, orders."""
+    version: int = 1
+    """As of a `Rule`."""
 
     def inner_orders(self, eqn: Any, orders: Orders) -> tuple[Orders, ...] | None:
         """The orders of each body's invars and outvars when the equation has these; None where that cannot be."""
@@ -172,8 +176,8 @@ def bodies_of(eqn: Any) -> tuple[Body, ...] | None:
 
 
 def rule_names() -> tuple[str, ...]:
-    """The primitives with a rule, for fingerprints."""
-    return tuple(sorted(str(primitive) for primitive in _table))
+    """The primitives with a rule, and its version, for fingerprints."""
+    return tuple(sorted(f"{primitive}@{rule.version}" for primitive, rule in _table.items()))
 
 
 def is_placed(params: Mapping[str, Any]) -> bool:
