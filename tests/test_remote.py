@@ -24,6 +24,7 @@ from jaxlayout import CostTable, auto_layout
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import Job, transpose_job
 from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
+from jaxlayout.settings import for_tuning
 
 
 def conv(x: Any, k: Any) -> Any:
@@ -36,7 +37,8 @@ def jobs(*features: int) -> list[Job]:
 
 
 def request(make: Any) -> Request:
-    return Request(make=make, environment=current_environment(), compiler_options=None, relax=1.0)
+    environment = current_environment()
+    return Request(make=make, environment=environment, compiler_options=None, relax=1.0, settings=for_tuning())
 
 
 def elsewhere(executor: Executor, work: list[Job], asked: Any = request) -> dict[str, Any]:
