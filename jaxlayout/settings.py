@@ -7,7 +7,7 @@ and compiled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any
@@ -48,7 +48,7 @@ _NOT_HANDED_ON = {
 
 
 @cache
-def thread_local() -> Mapping[str, Callable[[Any], AbstractContextManager[Any]]]:
+def thread_local() -> Mapping[str, Any]:
     """The settings that a thread can have for itself, by name, with what sets them for a `with` block."""
     found: dict[str, Any] = {name: getattr(jax, name.removeprefix("jax_"), None) for name in jax.config.values}
     return {name: manager for name, manager in found.items() if callable(manager)}
