@@ -36,7 +36,7 @@ class Surroundings:
 
 def surroundings() -> Surroundings:
     """Those of this thread as things stand."""
-    return _surroundings(_nothing)
+    return _surroundings(_always_the_same)
 
 
 @linear_util.cache
@@ -44,7 +44,7 @@ def _surroundings(function: Any) -> Surroundings:
     return Surroundings()
 
 
-_nothing = linear_util.wrap_init(surroundings, debug_info=debug_info("surroundings", surroundings, (), {}))
+_always_the_same = linear_util.wrap_init(surroundings, debug_info=debug_info("surroundings", surroundings, (), {}))
 
 
 with ThreadPoolExecutor(1) as _thread:  # this module may be imported while something is traced

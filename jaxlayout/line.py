@@ -46,7 +46,6 @@ from jaxlayout.program import ProgramKey, equations, program_key
 from jaxlayout.progress import Progress, Silent
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.still import still_values
-from jaxlayout.settings import for_tuning
 from jaxlayout.task import Task
 from jaxlayout.threads import default_device
 
@@ -412,7 +411,6 @@ class _Line:
             environment=self.here,
             compiler_options=self.compiler_options,
             relax=self.options.relax,
-            settings=for_tuning(),
         )
 
     def out_of_time(self) -> bool:

@@ -24,7 +24,6 @@ from jaxlayout import CostTable, auto_layout
 from jaxlayout.costs.environment import current_environment
 from jaxlayout.costs.measure import Job, transpose_job
 from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
-from jaxlayout.settings import for_tuning
 
 
 def conv(x: Any, k: Any) -> Any:
@@ -37,8 +36,7 @@ def jobs(*features: int) -> list[Job]:
 
 
 def request(make: Any) -> Request:
-    environment = current_environment()
-    return Request(make=make, environment=environment, compiler_options=None, relax=1.0, settings=for_tuning())
+    return Request(make=make, environment=current_environment(), compiler_options=None, relax=1.0)
 
 
 def elsewhere(executor: Executor, work: list[Job], asked: Any = request) -> dict[str, Any]:

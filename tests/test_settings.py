@@ -101,7 +101,7 @@ INERT = {
     "jax_compilation_cache_include_metadata_in_key": True,
     "jax_compilation_cache_max_size": 10**6,
     "jax_debug_leaked_clients_on_clear_backends": True,
-    "jax_debug_log_modules": "jax._src.nothing",
+    "jax_debug_log_modules": "nothing",
     "jax_distributed_debug": True,
     "jax_dump_ir_modes": "jaxpr",
     "jax_enable_compilation_cache": False,

@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ import jax
 from jaxlayout.costs.environment import Environment, current_environment
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
-from jaxlayout.settings import under
+from jaxlayout.settings import for_tuning, under
 
 logger = logging.getLogger("jaxlayout")
 
@@ -33,8 +33,8 @@ class Request:
     compiler_options: CompilerOptions
     relax: float
     """See `measure`."""
-    settings: Mapping[str, Any]
-    """JAX's, as far as a thread can have its own."""
+    settings: Mapping[str, Any] = field(default_factory=for_tuning)
+    """JAX's, those of the thread that asks."""
 
     def __call__(self) -> Reply:
         """In the worker: measure, where it is like the place that asks."""
