@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import jax.extend.core as jex_core
-from jax.extend import source_info_util
+from jax.api_util import debug_info
+from jax.extend import linear_util, source_info_util
 from jax.extend.core import Literal
 
 Bind = Callable[[Any, Sequence[Any]], Sequence[Any] | None]
@@ -26,6 +27,25 @@ KNOWN_BAD = {
     "0.11.0": "it crashes or hangs on some reductions of arrays with seven axes or more (jax issue 39257)",
 }
 """Versions of jaxlib whose CPU backend is known to go wrong, and how."""
+
+
+class Surroundings:
+    """All that JAX's own caches of traced functions go by, beside the function and its arguments: settings, mesh, named
+    axes, the user's contexts. Equal ones are one object, which JAX lets go of with its caches (`jax.clear_caches`)."""
+
+
+def surroundings() -> Surroundings:
+    """Those of this thread as things stand."""
+    return _surroundings(_always_the_same)
+
+
+@linear_util.cache
+def _surroundings(function: Any) -> Surroundings:
+    return Surroundings()
+
+
+_always_the_same = linear_util.wrap_init(surroundings, debug_info=debug_info("surroundings", surroundings, (), {}))
+
 
 with ThreadPoolExecutor(1) as _thread:  # this module may be imported while something is traced
     _top_level = _thread.submit(jex_core.get_opaque_trace_state).result()
@@ -105,7 +125,8 @@ def consts_as_arguments(jaxpr: Any, args: Sequence[Any]) -> Any:
 @cache
 def unspecified_sharding() -> Any:
     """What a `jit` equation has in place of a sharding where the user gave none."""
-    return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]
+    with jax.disable_jit(False), jax.no_tracing(False):
+        return jax.make_jaxpr(jax.jit(lambda x: x))(0.0).eqns[0].params["in_shardings"][0]
 
 
 def jit_info(jitted: Any) -> Any:

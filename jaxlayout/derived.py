@@ -13,7 +13,7 @@ import jax
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import tuned_conv
-from jaxlayout.convs.signature import written_order
+from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.rules import is_placed
 from jaxlayout.line import TableMiss, choose
@@ -46,6 +46,9 @@ class Measured:
         params = dict(params) | {name: None for name in ("out_sharding",) if name in params}  # a mesh, and nothing else
         shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (lhs, rhs)]
 
+        config: Any = jax.config
+        wide = config.jax_enable_x64 or ConvSignature.of(lhs, rhs, params).is_wide  # traced with, lowered without
+
         def work(stop: Any) -> Candidate:
             jaxpr = jax.make_jaxpr(partial(tuned_conv, lowering=lowering, **params))(*shapes)
             with progress_bar("derived convolutions") as progress:
@@ -53,7 +56,8 @@ class Measured:
             return written if mode is None or mode.candidate is None else mode.candidate
 
         try:
-            return apart(work)
+            with jax.enable_x64(wide):
+                return apart(work)
         except (TableMiss, Warning):
             raise
         except NoTurn as error:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, consts_as_arguments, consts_of, unspecified_sharding
+from jaxlayout._compat import (
+    Surroundings,
+    am_i_under_a_jit,
+    consts_as_arguments,
+    consts_of,
+    surroundings,
+    unspecified_sharding,
+)
 from jaxlayout.accept import allowance
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
@@ -30,9 +38,6 @@ from jaxlayout.wrapped import NOT_NESTED, flat_function, jit_settings
 
 if TYPE_CHECKING:
     from jaxlayout.api import AutoLayout
-
-_TRACED_UNDER = ("jax_enable_x64", "jax_default_matmul_precision", "jax_numpy_dtype_promotion")
-"""Settings that change what a function is traced to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +83,7 @@ class Frozen:
         self._leaves = [copies[id(x)] for x in leaves]
         self._is_traced = any(isinstance(leaf, Tracer) for leaf in leaves)
         self._static: dict[Any, tuple[bool, ...]] = {}
-        self._prepared: dict[Any, _Prepared] = {}
+        self._prepared: MutableMapping[Surroundings, dict[Any, _Prepared]] = WeakKeyDictionary()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         found, rest = self._found(args, kwargs)
@@ -144,16 +149,16 @@ class Frozen:
             (type(leaf), leaf) if fixed else (jax.typeof(leaf), placement(leaf))
             for leaf, fixed in zip(leaves, static, strict=True)
         ]
-        settings = [getattr(config, name) for name in _TRACED_UNDER]
-        key = (tree, nested, whole, *settings, *kinds)
-        if key not in self._prepared:
+        prepared = self._prepared.setdefault(surroundings(), {})
+        key = (tree, nested, whole, *kinds)
+        if key not in prepared:
             made = self._prepare(args, kwargs, "nested" if nested else "entry", whole)
             if made is None:
                 return None, []
             if not made.final:
                 return made, rest
-            self._prepared[key] = made
-        return self._prepared[key], rest
+            prepared[key] = made
+        return prepared[key], rest
 
     def _prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context, whole: bool

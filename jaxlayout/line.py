@@ -26,7 +26,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowerings, prepared_growth
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
-from jaxlayout.costs.environment import Environment, current_environment
+from jaxlayout.costs.environment import LOWERED, Environment, current_environment, options_set
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
@@ -205,7 +205,8 @@ class _Line:
         compiled = _compiled(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
-        self.plans = current_environment(self.device, versions | rules | choices | compiled).fingerprint
+        lowered = options_set(LOWERED)
+        self.plans = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
 
     def stored(self) -> Outcome | None:

@@ -61,7 +61,12 @@ def _tokens(jaxpr: Any) -> Iterator[tuple[str, str]]:
     for var in (*inner.constvars, *inner.invars):
         yield name(var)
     yield "in", "in"
+    context = None
     for eqn in inner.eqns:
+        if eqn.ctx is not context:  # settings and meshes that lowering goes by
+            context = eqn.ctx
+            text = plain(context)
+            yield text, text
         yield str(eqn.primitive), f"{eqn.primitive}{_kind(eqn)}"
         for param, value in sorted(eqn.params.items()):
             if not list(jaxprs_in_params({param: value})):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ import jax
 from jax.core import Tracer
 
 from jaxlayout.nesting import within
+from jaxlayout.settings import for_tuning, under
 
 
 def default_device() -> Any:
@@ -27,42 +27,23 @@ def default_device() -> Any:
 
 class Workers(ThreadPoolExecutor):
     """Threads with the JAX settings of the thread that makes them (settings are thread-local), but for what would
-    disturb tuning. `device`: their default device, if not that thread's."""
+    disturb tuning (`settings.TUNING`). `device`: their default device, if not that thread's."""
 
     def __init__(self, count: int, device: Any = None):
         super().__init__(count, thread_name_prefix="jaxlayout")
         config: Any = jax.config
         told = config.jax_default_device is not None
         self._device = default_device() if device is None and told else device
-        self._precision = config.jax_default_matmul_precision
-        self._x64 = config.jax_enable_x64
+        self._settings = for_tuning()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
         """As of any executor."""
 
         def work() -> Any:
-            with self._settings():
+            with under(self._settings), jax.default_device(self._device), within("tuning"):
                 return function(*args, **kwargs)
 
         return super().submit(work)
-
-    @contextmanager
-    def _settings(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for setting in (
-                jax.default_device(self._device),
-                jax.default_matmul_precision(self._precision),
-                jax.enable_x64(self._x64),
-                jax.debug_infs(False),
-                jax.debug_nans(False),
-                jax.disable_jit(False),
-                jax.numpy_dtype_promotion("standard"),
-                jax.numpy_rank_promotion("allow"),
-                jax.transfer_guard("allow"),
-                within("tuning"),
-            ):
-                stack.enter_context(setting)
-            yield
 
 
 def apart(work: Callable[[threading.Event], Any], device: Any = None) -> Any:

@@ -59,11 +59,9 @@ def test_every_field_counts():
 
 def test_options_are_read_as_the_calling_thread_sees_them():
     here = current_environment().fingerprint
-    with jax.default_matmul_precision("float32"):
-        precise = current_environment().fingerprint
     with jax.enable_x64(not jax.config.jax_enable_x64):
         wide = current_environment().fingerprint
-    assert len({here, precise, wide}) == 3
+    assert here != wide
     assert current_environment().fingerprint == here
 
 

@@ -20,6 +20,7 @@ from jax import lax
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.nesting import within
+from jaxlayout.settings import of_ours
 
 Convolve = Callable[[ConvSignature, ConvDimensionNumbers, jax.Array, jax.Array], jax.Array]
 """Computes one of the smaller convolutions of a composite."""
@@ -32,7 +33,8 @@ MAX_PARTS = 16
 
 
 class Lowering(ABC):
-    """Subclass, give it a name and a version (raised with every change of what it computes), register it."""
+    """Subclass, give it a name and a version (raised with every change of what it computes), register it. It is traced
+    under `settings.TRACED`, whatever the user has set."""
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -146,7 +148,8 @@ def _parts(
 
     lhs = jax.ShapeDtypeStruct(conv.lhs_shape(dims.lhs), conv.lhs_dtype)
     rhs = jax.ShapeDtypeStruct(conv.rhs_shape(dims.rhs), conv.rhs_dtype)
-    jax.eval_shape(lambda lhs, rhs: composite.compose(conv, dims, lhs, rhs, convolve), lhs, rhs)
+    with of_ours(wide=conv.is_wide):
+        jax.eval_shape(lambda lhs, rhs: composite.compose(conv, dims, lhs, rhs, convolve), lhs, rhs)
     return tuple(parts)
 
 
@@ -222,11 +225,12 @@ def prepared_growth(name: str, conv: ConvSignature, dims: ConvDimensionNumbers) 
 
 
 def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """The convolution through one lowering; where that is more than one operation, a call by its name, which is traced
-    and lowered once for many equal ones."""
+    """The convolution through one lowering, traced under settings of ours. Where that is more than one operation, it is
+    a call by its name, which is traced and lowered once for many equal ones."""
     parts = tuple(map(lowering_named, name.split("/")))  # themselves, as a name may come to mean another
     run = _evaluate if name == "xla" else _call(name)
-    with within("tuning"):  # somebody may have decorated what a lowering is made of: JAX's own convolution, say
+    # "tuning": somebody may have decorated what a lowering is made of: JAX's own convolution, say.
+    with of_ours(wide=conv.is_wide), within("tuning"):
         return run(name, parts, conv, dims, lhs, rhs)
 
 

@@ -16,6 +16,8 @@ Context = Literal["entry", "nested"]
 """Where a convolution is compiled: in the entry computation, or in a loop body, branch or called computation,
 which XLA's CPU backend lays out differently."""
 
+_WIDE = frozenset(map(np.dtype, (np.float64, np.int64, np.uint64, np.complex128)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvSignature:
@@ -142,6 +144,11 @@ class ConvSignature:
         """Whether lhs, rhs or out has no element: out is zeros."""
         sizes = (*self.spatial, *self.kernel, *self.out_spatial)
         return 0 in (self.batch, self.in_features, self.out_features, *sizes)
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether an array of it has a dtype of 64 bits, which JAX has where it is told to."""
+        return not {self.lhs_dtype, self.rhs_dtype, self.out_dtype}.isdisjoint(_WIDE)
 
     @property
     def is_kernel_gradient(self) -> bool:

@@ -11,7 +11,7 @@ import json
 import os
 import pathlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,22 +28,41 @@ Pairs = tuple[tuple[str, str], ...]
 """A mapping as sorted (name, value) pairs, so that it is hashable."""
 
 CONFIG = (
-    "jax_allow_f16_reductions",
     "jax_compiler_enable_remat_pass",
     "jax_cpu_enable_async_dispatch",
-    "jax_default_matmul_precision",
     "jax_disable_most_optimizations",
+    "jax_enable_pgle",
     "jax_enable_x64",
     "jax_exec_time_optimization_effort",
     "jax_memory_fitting_effort",
     "jax_memory_fitting_level",
     "jax_num_cpu_devices",
     "jax_optimization_level",
+    "jax_pgle_profiling_runs",
     "jax_pjrt_client_create_options",
     "jax_use_shardy_partitioner",
     "jax_xla_profile_version",
 )
-"""JAX options that change numbers or compiled code. One that a JAX version lacks is left out."""
+"""JAX options that change what a measurement says. One that a JAX version lacks is left out."""
+
+LOWERED = (
+    "jax_accurate_erf_inv",
+    "jax_bcoo_cusparse_lowering",
+    "jax_embedded_constants_max_bytes",
+    "jax_experimental_unsafe_xla_runtime_errors",
+    "jax_pallas_enable_debug_checks",
+    "jax_pallas_poison_buffers",
+    "jax_pallas_use_mosaic_gpu",
+    "jax_ragged_dot_use_gpu_pallas_triton_lowering",
+    "jax_ragged_dot_use_ragged_dot_instruction",
+    "jax_threefry_gpu_kernel_lowering",
+    "jax_use_emit_pipeline_primitive",
+    "jax_use_hlo_logistic_lowering",
+    "jax_use_magma",
+    "jax_use_rgv3",
+    "jax_use_simplified_jaxpr_constants",
+)
+"""Those that change what equations are lowered to, and so what is seen of whole programs."""
 
 VARIABLES = ("LIBTPU_INIT_ARGS", "NPROC", "NVIDIA_TF32_OVERRIDE", "PJRT_NPROC", "XLA_FLAGS")
 """Environment variables that do: compiler flags, TF32, and the size of XLA:CPU's thread pool."""
@@ -123,7 +142,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
         cores=cores(),
         allocator=allocator(),
         variables=_pairs({name: _variable(name) for name in os.environ if _matters(name)}),
-        config=_pairs({name: _option(name) for name in CONFIG}),
+        config=_pairs(options_set(CONFIG)),
     )
     describe(environment.fingerprint, environment.to_json())
     return environment
@@ -134,10 +153,10 @@ def _pairs(mapping: Mapping[str, object]) -> Pairs:
     return tuple((str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, ""))
 
 
-def _option(name: str) -> Any:
-    """One JAX option as this thread sees it, or None where this JAX lacks it."""
-    # Options without a context manager are flags: they are no attributes, but are listed in `values`.
-    return getattr(jax.config, name, getattr(jax.config, "values", {}).get(name))
+def options_set(names: Sequence[str]) -> dict[str, Any]:
+    """JAX options as this thread sees them; None where this JAX lacks one."""
+    values = jax.config.values
+    return {name: values.get(name) for name in names}
 
 
 def _matters(name: str) -> bool:

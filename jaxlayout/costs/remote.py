@@ -7,9 +7,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ import jax
 from jaxlayout.costs.environment import Environment, current_environment
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.settings import for_tuning, under
 
 logger = logging.getLogger("jaxlayout")
 
@@ -32,14 +33,14 @@ class Request:
     compiler_options: CompilerOptions
     relax: float
     """See `measure`."""
+    settings: Mapping[str, Any] = field(default_factory=for_tuning)
+    """JAX's, those of the thread that asks."""
 
     def __call__(self) -> Reply:
         """In the worker: measure, where it is like the place that asks."""
         start = time.monotonic()
         worker = f"{socket.gethostname()}:{os.getpid()}"
-        wanted = dict(self.environment.config)
-        precision: Any = wanted.get("jax_default_matmul_precision")
-        with jax.enable_x64(wanted.get("jax_enable_x64") == "True"), jax.default_matmul_precision(precision):
+        with under(self.settings):
             device = jax.local_devices()[0]
             if unlike := _differences(self.environment, current_environment(device, dict(self.environment.versions))):
                 return Reply(worker, {}, unlike, time.monotonic() - start)

@@ -26,6 +26,7 @@ from jaxlayout.graph.build import static_shapes
 from jaxlayout.graph.rules import Rule, is_placed, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
 from jaxlayout.rewrite.still import still_values
+from jaxlayout.settings import TRACED, under
 
 _SCALES = frozenset({p.mul_p, p.div_p, p.neg_p})
 _STEPS = frozenset({p.add_p, p.sub_p, p.convert_element_type_p}) | _SCALES
@@ -40,9 +41,12 @@ def fold(jaxpr: Any, frozen: Sequence[bool], args: Sequence[Any]) -> Any:
     shift, convolutions whose result is used elsewhere too, those whose kernel is coarser than their result, and chains
     past the point where they are finer or coarser than the convolution itself.
     """
-    chains = _chains(jaxpr, frozen)
-    if not chains:
-        return jaxpr
+    with under(TRACED):
+        chains = _chains(jaxpr, frozen)
+        return _folded(jaxpr, chains, args) if chains else jaxpr
+
+
+def _folded(jaxpr: Any, chains: Sequence[Sequence[Any]], args: Sequence[Any]) -> Any:
     inside = {eqn.outvars[0] for chain in chains for eqn in chain}
     ends = {chain[-1].outvars[0] for chain in chains}
 
@@ -81,7 +85,7 @@ class _Affine:
         return replace(self, scale=scale, shift=None if self.shift is None else self.shift * factor)
 
     def plus(self, term: Any) -> _Affine:
-        return replace(self, shift=term if self.shift is None else self.shift + term)
+        return replace(self, shift=term if self.shift is None else lax.add(self.shift, term))
 
     def done(self) -> Any:
         """The folded convolution, with its one shift if it has any."""
@@ -95,7 +99,7 @@ class _Affine:
             (out,) = bind_equation(self.conv, [self.lhs, kernel])
         if self.shift is None:
             return out
-        return out + lax.convert_element_type(_along(self.shift, self.feature, out.ndim), out.dtype)
+        return lax.add(out, lax.convert_element_type(_along(self.shift, self.feature, out.ndim), out.dtype))
 
 
 def _step(eqn: Any, operands: Sequence[Any]) -> _Affine:
@@ -111,7 +115,7 @@ def _step(eqn: Any, operands: Sequence[Any]) -> _Affine:
     if eqn.primitive is p.mul_p:
         return affine.times(other)
     if eqn.primitive is p.div_p:
-        return affine.times(1 / other)
+        return affine.times(lax.div(lax.full_like(other, 1), other))
     if eqn.primitive is p.add_p:
         return affine.plus(other)
     return affine.plus(-other) if place == 0 else affine.times(minus).plus(other)

@@ -39,8 +39,9 @@ class Merged(Composite):
     ) -> jax.Array:
         count, i, o = _merged(conv), dims.rhs.axes.index("I"), dims.rhs.axes.index("O")
         rhs = lax.concatenate([rhs] * count, i)
-        group_in = lax.broadcasted_iota(int, rhs.shape, i) // conv.kernel_features
-        group_out = lax.broadcasted_iota(int, rhs.shape, o) // (conv.out_features // conv.feature_groups) % count
+        group_in = lax.div(lax.broadcasted_iota(int, rhs.shape, i), conv.kernel_features)
+        group_out = lax.div(lax.broadcasted_iota(int, rhs.shape, o), conv.out_features // conv.feature_groups)
+        group_out = lax.rem(group_out, count)
         rhs = lax.select(group_in == group_out, rhs, lax.full_like(rhs, 0))
         return convolve(replace(conv, feature_groups=conv.feature_groups // count), dims, lhs, rhs)
 

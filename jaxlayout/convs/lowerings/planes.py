@@ -75,7 +75,7 @@ def _by_tap(conv: ConvSignature, flat: ConvSignature, dims: Any, lhs: Any, rhs: 
         summand = lax.reshape(summand, (shape[0], planes.shape[1], *shape[2:]))
         edges = [(first, positions - 1 - last, 0) if axis == 1 else (0, 0, 0) for axis in range(summand.ndim)]
         # A barrier, or all summands are kept until the last is there.
-        out = lax.optimization_barrier(out + lax.pad(summand, lax.full((), 0, summand.dtype), edges))
+        out = lax.optimization_barrier(lax.add(out, lax.pad(summand, lax.full((), 0, summand.dtype), edges)))
     return out.astype(conv.out_dtype)
 
 

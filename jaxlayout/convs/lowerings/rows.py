@@ -67,7 +67,7 @@ class Rows(Lowering):
         chain = _chain(row, math.prod((*positions, width, *features)) * conv.accumulator.itemsize)
 
         def add_row(n: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
-            at = jnp.unravel_index(n, (conv.in_features, *lead))
+            at = _unravelled(n, (conv.in_features, *lead))
             reach = [(p - 1) * s + 1 for p, s in zip(positions, strides, strict=True)]
             whole = lhs.shape[len(at) :]
             start = [at[0], *(i * d for i, d in zip(at[1:], steps, strict=True)), *[0] * len(whole)]
@@ -82,7 +82,7 @@ class Rows(Lowering):
                     first, every = tap * stride + q * step, chain * step
                     last = first + (row // chain - 1) * every + 1
                     view = lax.slice_in_dim(met, first, last, every, axis=len(positions))
-                    total = total + view * given[q::chain]
+                    total = lax.add(total, view * given[q::chain])
                 return total
 
             return [added(tap, total) for tap, total in enumerate(totals)]
@@ -92,6 +92,15 @@ class Rows(Lowering):
         out = jnp.stack([total.sum(len(positions)) for total in totals], len(positions))
         out = out if ones else jnp.swapaxes(out, -1, -2)
         return lax.reshape(out, shape).astype(conv.out_dtype)
+
+
+def _unravelled(n: jax.Array, sizes: tuple[int, ...]) -> list[jax.Array]:
+    """Where number n is in an array of some sizes."""
+    at: list[jax.Array] = []
+    for size in reversed(sizes):
+        at.insert(0, lax.rem(n, size))
+        n = lax.div(n, size)
+    return at
 
 
 def _groups_last(array: jax.Array, features: tuple[int, ...], groups: int) -> jax.Array:

@@ -95,7 +95,7 @@ class Shifted(Lowering):
             if any(lo or hi for lo, hi, _ in edges):
                 term = lax.pad(term, zero, _frame(dims, edges, *[(0, 0, 0)] * (len(features) + 1)))
             row = (*tap[:-1], tap[-1] // 8) if tap else ()
-            rows[row] = rows[row] + term if row in rows else term
+            rows[row] = lax.add(rows[row], term) if row in rows else term
         shape = conv.out_shape(dims.out)
         if not rows:
             return lax.full(shape, 0, conv.out_dtype)
