@@ -22,11 +22,14 @@ am_i_under_a_jit: Callable[[], bool] = jex_core.unsafe_am_i_under_a_jit_DO_NOT_U
 BARRIERS_STAY = jax.__version_info__ >= (0, 11)
 """Whether an optimization barrier is there until XLA:CPU fuses (in jaxlib 0.10 it goes before that)."""
 
+_CROSSING = "it reads past lhs in convolutions whose padding cuts before an axis and adds after it (xla issue 48713)"
 KNOWN_BAD = {
-    "0.10.2": "it miscompiles some programs through YNNPACK, and crashes on others (jax issues 39103, 39257, 40412)",
+    "0.10.2": "it miscompiles some programs through YNNPACK, and crashes on others (jax issues 39103, 39257, 40412); "
+    + _CROSSING,
     "0.11.0": "it crashes or hangs on some reductions of arrays with seven axes or more (jax issue 39257)",
+    "0.11.2": _CROSSING,
 }
-"""Versions of jaxlib whose CPU backend is known to go wrong, and how."""
+"""Versions of jaxlib whose CPU backend is known to go wrong, and how: from issues, and what has been seen here."""
 
 
 class Surroundings:

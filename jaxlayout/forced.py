@@ -14,6 +14,7 @@ from typing import Any
 
 from jaxlayout.accept import Verdict
 from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import xla_for
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.graph.build import LayoutGraph, Mode, Node, build_graph
 from jaxlayout.graph.plan import Plan
@@ -33,7 +34,7 @@ def force(jaxpr: Any, policy: LayoutPolicy, context: Context, still: Collection[
     def ways(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
         if written.lowering != "xla":  # chosen already, by an auto_layout inside
             return [written]
-        return list(dict.fromkeys((written, *(Candidate("xla", dims) for dims in channels_last(conv, policy)))))
+        return list(dict.fromkeys((written, *(Candidate(xla_for(conv), dims) for dims in channels_last(conv, policy)))))
 
     graph = build_graph(jaxpr, ways, context, still)
     convolutions, others = _counts(graph)

@@ -5,11 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+import numpy as np
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_PERTURB, _M_ARENA_MAX = -1, -4, -6, -8
+_SOIL = 0x40
+"""Bytes of this and of its complement are numbers of ordinary size in every floating-point format."""
 _LARGEST = 2**31 - 1
 _SEEN, _PAGES = 2**26, 8
 """Bytes of a large array, and how many pages of it are looked at, one in each eighth: also where a page is large."""
+
+_AROUND, _ALIGNED = 2**16, 64
+"""Bytes of NaN before and after an array; what XLA:CPU aligns arrays to."""
 
 
 def keep_freed_memory() -> bool:
@@ -88,3 +97,25 @@ class _Found(ctypes.Structure):
         ("name", ctypes.c_char_p),
         ("start", ctypes.c_void_p),
     )
+
+
+@contextmanager
+def soiled_memory() -> Iterator[None]:
+    """Have glibc fill memory with numbers when it gives it out and when it gets it back, in this whole process for the
+    length of a `with` block. Elsewhere than on glibc nothing happens."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(_M_PERTURB, _SOIL)
+    try:
+        yield
+    finally:
+        mallopt(_M_PERTURB, 0)
+
+
+def amid_nans(array: np.ndarray) -> np.ndarray:
+    """A copy with NaN, of any format, before and after it, so aligned that XLA:CPU reads it where it lies: what reads
+    past an array is right by luck where it finds zeros."""
+    held = np.full(array.nbytes + 2 * _AROUND + _ALIGNED, 0xFF, np.uint8)
+    start = _AROUND + -(held.ctypes.data + _AROUND) % _ALIGNED
+    copy = held[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

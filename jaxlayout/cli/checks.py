@@ -29,6 +29,7 @@ def look_around(seconds: float, table: str) -> Iterator[Finding]:
         yield Finding("device", "problem", " ".join(str(error).split()), "JAX finds no device: see JAX_PLATFORMS")
         return
     yield from machine(environment)
+    yield padding()
     yield threads(environment["cores"], os.environ)
     if seconds > 0:
         yield noise(seconds)
@@ -147,6 +148,43 @@ def machine(environment: Mapping[str, Any]) -> Iterator[Finding]:
         yield Finding("cores", "note", cores, "Affinity or a quota holds: what is measured is for so many cores.")
     else:
         yield Finding("cores", "ok", cores)
+
+
+def padding() -> Finding:
+    """Whether XLA computes a convolution rightly whose padding cuts off before an axis and adds after it, which some
+    versions do not (`_compat.KNOWN_BAD`): found out by running one."""
+    import jax
+    import numpy as np
+
+    from jaxlayout.convs.candidates import Candidate
+    from jaxlayout.convs.signature import ConvSignature
+    from jaxlayout.costs.measure import conv_job, measure
+    from jaxlayout.layout import ConvDimensionNumbers
+
+    conv = ConvSignature(
+        batch=2,
+        in_features=8,
+        out_features=8,
+        spatial=(9, 8),
+        kernel=(3, 3),
+        strides=(1, 1),
+        padding=((-1, 1), (0, 0)),
+        lhs_dilation=(1, 1),
+        rhs_dilation=(1, 1),
+        lhs_dtype=np.dtype(np.float32),
+        rhs_dtype=np.dtype(np.float32),
+    )
+    job = conv_job(conv, [Candidate("xla", ConvDimensionNumbers.channels_last(2))])
+    [(_, found)] = measure([job], device=jax.local_devices()[0])
+    (seen,) = found.values()
+    what = "a convolution that pads by -1 before and 1 after"
+    if seen.status != "wrong":
+        return Finding("padding", "ok", f"{what} is right")
+    advice = (
+        "Of those that you write, or differentiation does, explain says which are wrong; jaxlayout puts none in. "
+        "Right everywhere: a slice in place of the negative padding."
+    )
+    return Finding("padding", "warning", f"{what} is wrong as XLA computes it, by {seen.error:.2g} of the rms", advice)
 
 
 def threads(cores: int, environ: Mapping[str, str]) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxlayout.convs.lowering import is_relaxed, lowerings
+from jaxlayout.convs.lowering import is_relaxed, lowerings, xla_for
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
@@ -53,5 +53,5 @@ def candidates(
                 names = [n for n in lowering.names(conv, dims) if relaxed or not is_relaxed(n)]
                 found |= dict.fromkeys(Candidate(name, dims) for name in names)
     if preferred is not None and "xla" in lowerings():
-        found |= {Candidate("xla", preferred): None}
+        found |= {Candidate(xla_for(conv), preferred): None}
     return tuple(found)

@@ -2,6 +2,7 @@
 
 A lowering is a small pure function in two pieces, so that what depends on the kernel alone can be done
 once: `out = apply(conv, dims, lhs, prepare(conv, dims, rhs))`, `lhs`, `rhs` and `out` in the layouts `dims`.
+None but `xla`, which is as written, gets a convolution whose padding crosses: what padding cuts off is cut before.
 A composite goes by its own name and that of the lowering of its smaller convolutions: `phases/dot`.
 """
 
@@ -112,7 +113,8 @@ class Composite(Lowering):
         return sum(lowering_named(self._inside(*part)).work(*part)[0] for part in parts), conv.nbytes
 
     def _inside(self, part: ConvSignature, dims: ConvDimensionNumbers) -> str:
-        return self.inner if lowering_named(self.inner).native(part, dims) else "xla"
+        own = self.inner == "xla" or not lowering_named(self.inner).native(part.cropped, dims)
+        return xla_for(part) if own else self.inner
 
     def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
         return super().native(conv, dims) and (self.inner == "xla" or self.inner in self.inners(conv, dims))
@@ -136,6 +138,7 @@ def _parts(
     name: str, conv: ConvSignature, dims: ConvDimensionNumbers
 ) -> tuple[tuple[ConvSignature, ConvDimensionNumbers], ...]:
     """The convolutions that a composite calls for, one by one."""
+    conv = conv.cropped
     if conv.is_empty:
         return ()
     composite = _registry[name]
@@ -143,7 +146,8 @@ def _parts(
     parts: list[tuple[ConvSignature, ConvDimensionNumbers]] = []
 
     def convolve(part: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        parts.append((part, dims))
+        if not part.cropped.is_empty:
+            parts.append((part.cropped, dims))
         return lax.full(part.out_shape(dims.out), 0, part.out_dtype)
 
     lhs = jax.ShapeDtypeStruct(conv.lhs_shape(dims.lhs), conv.lhs_dtype)
@@ -202,6 +206,11 @@ def is_relaxed(name: str) -> bool:
     return any(lowering_named(part).relaxed for part in name.split("/"))
 
 
+def xla_for(conv: ConvSignature) -> str:
+    """The lowering that is XLA's own convolution where it is not as written."""
+    return "cropped" if conv.crosses else "xla"
+
+
 def rereads(name: str) -> bool:
     """Whether a lowering, or one inside it, reads lhs several times."""
     return any(lowering_named(part).rereads for part in name.split("/"))
@@ -237,10 +246,14 @@ def evaluate(name: str, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: ja
 def _evaluate(
     name: str, parts: tuple[Lowering, ...], conv: ConvSignature, dims: ConvDimensionNumbers, lhs: Any, rhs: Any
 ) -> jax.Array:
-    if conv.is_empty:
+    part = conv if name == "xla" else conv.cropped
+    if part.is_empty:
         return lax.full(conv.out_shape(dims.out), 0, conv.out_dtype)
+    if part is not conv:  # by a slice: XLA would put a pad into the convolution's own padding again, and not rightly
+        for axis, (start, stop) in zip(dims.lhs.spatial, conv.kept, strict=True):
+            lhs = lax.slice_in_dim(lhs, start, stop, axis=dims.lhs.axes.index(axis))
     found = lowering_named(name)
-    return found.apply(conv, dims, lhs, found.prepare(conv, dims, rhs))
+    return found.apply(part, dims, lhs, found.prepare(part, dims, rhs))
 
 
 @cache

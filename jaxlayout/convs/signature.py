@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -149,6 +150,33 @@ class ConvSignature:
     def is_wide(self) -> bool:
         """Whether an array of it has a dtype of 64 bits, which JAX has where it is told to."""
         return not {self.lhs_dtype, self.rhs_dtype, self.out_dtype}.isdisjoint(_WIDE)
+
+    @property
+    def crosses(self) -> bool:
+        """Whether along some axis padding cuts on one side and adds on the other. Where it cuts before and adds after,
+        without lhs dilation, XLA:CPU reads past lhs in some versions (`_compat.KNOWN_BAD`)."""
+        known = (edges for edges in self.padding if all(isinstance(edge, Integral) for edge in edges))
+        return any(min(edges) < 0 < max(edges) for edges in known)
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], ...]:
+        """Along each spatial axis, from where to where lhs is left by negative padding."""
+        cuts = [[max(0, -(edge // d)) for edge in edges] for edges, d in self._edges]
+        return tuple((lo, max(lo, size - hi)) for size, (lo, hi) in zip(self.spatial, cuts, strict=True))
+
+    @property
+    def cropped(self) -> ConvSignature:
+        """The same convolution of what is `kept` of lhs, without negative padding; itself where nothing crosses. Where
+        nothing is kept, it is empty, and out is zeros."""
+        if not self.crosses:
+            return self
+        # An element that is cut takes the zeros after it along: of those, the ones that were left come back.
+        padding = tuple((max(lo, lo % d), max(hi, hi % d)) for (lo, hi), d in self._edges)
+        return replace(self, spatial=tuple(b - a for a, b in self.kept), padding=padding)
+
+    @property
+    def _edges(self) -> list[tuple[tuple[int, int], int]]:
+        return list(zip(self.padding, self.lhs_dilation, strict=True))
 
     @property
     def is_kernel_gradient(self) -> bool:

@@ -18,7 +18,7 @@ from jax.extend.core import Literal as LiteralAtom
 
 from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import in_turn, lowering_named
+from jaxlayout.convs.lowering import in_turn, lowering_named, xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
 from jaxlayout.graph import shards
@@ -343,7 +343,7 @@ class _Builder:
         written = written_order(eqn.params)
 
         def runs(way: Candidate) -> bool:  # the program holds the whole convolution, whatever a device has of it
-            native = way.lowering == "xla" or lowering_named(way.lowering).native(full, way.dims)
+            native = way.lowering == xla_for(full) or lowering_named(way.lowering).native(full, way.dims)
             return native and not in_turn(way.lowering)
 
         ways = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))

@@ -10,6 +10,7 @@ from jax.extend import source_info_util
 
 from jaxlayout._compat import open_jaxpr, rank_of
 from jaxlayout.convs.candidates import Candidate, candidates
+from jaxlayout.convs.lowering import xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.build import Mode, Path
@@ -73,7 +74,7 @@ def _site_objection(eqn: Any, mode: Mode, candidate: Candidate, relaxed: bool) -
     conv = ConvSignature.of(lhs, rhs, eqn.params)
     written = Candidate(chosen_lowering(eqn.params), dims)
     # XLA takes any order, and a plan may be of a device that prefers another.
-    takes_any = candidate.lowering == "xla" and len(candidate.dims.lhs.axes) == len(dims.lhs.axes)
+    takes_any = candidate.lowering == xla_for(conv) and len(candidate.dims.lhs.axes) == len(dims.lhs.axes)
     if not takes_any and candidate not in candidates(conv, written, relaxed=relaxed):
         return f"cannot be computed by {candidate}"
     operands = candidate.dims.lhs.permutation_from(dims.lhs), candidate.dims.rhs.permutation_from(dims.rhs)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from jaxlayout.report.value import Explanation
-from jaxlayout.report.words import Group, facts, groups, headline, ms, scope, shapes, summary, times
+from jaxlayout.report.words import Group, facts, groups, headline, ms, scope, shapes, summary, times, wrong_as_written
 
 STYLE = """
 .jaxlayout { font-family: sans-serif; font-size: 13px; line-height: 1.4 }
@@ -20,6 +20,7 @@ STYLE = """
 .jaxlayout .kept, .jaxlayout .left { font-size: 15px; font-weight: 600 }
 .jaxlayout .kept { color: #00775a }
 .jaxlayout .left { color: #a85500 }
+.jaxlayout .wrong { color: #b00020; font-weight: 600 }
 .jaxlayout details { margin: 2px 0 }
 .jaxlayout summary { cursor: pointer }
 """.strip()
@@ -30,6 +31,8 @@ def of_explanation(told: Explanation) -> str:
     """The whole report; the candidates of each convolution can be unfolded."""
     state = "kept" if told.outcome.kept else "left"
     parts = [f'<div class="{state}"><code>{escape(told.name)}</code> {escape(headline(told))}</div>']
+    if wrong := wrong_as_written(told):
+        parts.append(f'<p class="wrong">{escape(wrong)}</p>')
     if told.nothing_gained:
         parts.append(f"<p>{escape(told.nothing_gained)}</p>")
     whole = "".join(

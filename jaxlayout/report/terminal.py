@@ -13,7 +13,19 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxlayout.report.value import Explanation, Site
-from jaxlayout.report.words import facts, groups, headline, listed, ms, scope, shapes, summary, times, where
+from jaxlayout.report.words import (
+    facts,
+    groups,
+    headline,
+    listed,
+    ms,
+    scope,
+    shapes,
+    summary,
+    times,
+    where,
+    wrong_as_written,
+)
 
 DETAILED = 6
 """Of so many distinct convolutions all candidates are shown; of more, each site's own print shows them."""
@@ -25,6 +37,8 @@ def of_explanation(told: Explanation) -> Group:
     """The whole report."""
     found = groups(told)
     parts: list[Any] = [_head(told)]
+    if wrong := wrong_as_written(told):
+        parts.append(Text(wrong, style="bold red"))
     if told.nothing_gained:
         parts.append(Text(told.nothing_gained, style="bold"))
     if found:

@@ -73,6 +73,12 @@ class Site:
         return next(one for one in self.tried if one.written)
 
     @property
+    def wrong(self) -> str:
+        """What is wrong with the numbers that XLA gives for the form written; '' where nothing was found to be."""
+        found = self.written.measurement
+        return found.detail if found is not None and found.status == "wrong" else ""
+
+    @property
     def chosen(self) -> Tried:
         """The form that the plan has."""
         return next(one for one in self.tried if one.chosen)

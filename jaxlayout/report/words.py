@@ -46,6 +46,18 @@ def headline(told: Explanation) -> str:
     return f"{word}: {told.outcome.verdict.reason}{', provisional' if told.provisional else ''}"
 
 
+def wrong_as_written(told: Explanation) -> str:
+    """Which convolutions XLA computes wrongly as they are written; '' where none was found to be."""
+    wrong = [group for group in groups(told) if group.first.wrong]
+    if not wrong:
+        return ""
+    each = "; ".join(f"#{group.numbers} at {group.places[0]}: {group.first.wrong}" for group in wrong)
+    return (
+        f"XLA is wrong here: as written, these convolutions do not give what a float64 reference does ({each}). "
+        "Where the function is left as it is, so are its numbers."
+    )
+
+
 def why_nothing(told: Explanation) -> str:
     """Why the function runs as it was written, in one sentence; '' where it does not."""
     outcome, verdict = told.outcome, told.outcome.verdict

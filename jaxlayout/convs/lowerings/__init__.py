@@ -15,15 +15,17 @@ from jaxlayout.convs.lowerings.space_to_depth import SpaceToDepth
 from jaxlayout.convs.lowerings.tap_dots import TapDots
 from jaxlayout.convs.lowerings.wide_planes import WidePlanes
 from jaxlayout.convs.lowerings.winograd import Winograd2, Winograd4
-from jaxlayout.convs.lowerings.xla import Xla
+from jaxlayout.convs.lowerings.xla import Cropped, Xla
 
-_STRICT = (Xla(), Dot(), Shifted(), Im2col(), TapDots(), Rows(), Groups(), Phases(), Planes(), WidePlanes(), Sealed())
+_PLAIN = (Xla(), Cropped(), Dot(), Shifted(), Im2col(), TapDots(), Rows())
+_COMPOSITE = (Groups(), Phases(), Planes(), WidePlanes(), Sealed())
 _RELAXED = (Winograd2(), Winograd4(), Fft(), SpaceToDepth(), Merged())
 
-for _lowering in (*_STRICT, *_RELAXED):
+for _lowering in (*_PLAIN, *_COMPOSITE, *_RELAXED):
     register_lowering(_lowering)
 
 __all__ = [
+    "Cropped",
     "Dot",
     "Fft",
     "Groups",

@@ -44,6 +44,7 @@ class Phases(Composite):
     """
 
     name = "phases"
+    version = 2
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if all(d == 1 for d in conv.lhs_dilation) or math.prod(map(len, _phases(conv))) > MAX_PHASES:
