@@ -194,7 +194,7 @@ def _through(port: Port) -> Callable[[int, Order], Mode | None]:
     outer, results = len(port.operands), len(port.operands) + len(port.outvars) + len(port.invars)
 
     def extend(slot: int, order: Order) -> Mode | None:
-        inside = order if outer <= slot < results else port.inside(order)
+        inside = port.inside(port.outside(order) if outer <= slot < results else order)
         if inside is None:
             return None
         outside = port.outside(inside)
