@@ -70,6 +70,10 @@ class Lowering(ABC):
         padding and dilation, each operand and out once."""
         return conv.products, conv.nbytes
 
+    def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        """Whether XLA computes it rightly where it divides arrays among devices. Default: yes."""
+        return True
+
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings that it makes of itself in these layouts: one, or none where it is not native."""
         return (self.name,) if depth and self.native(conv, dims) else ()
@@ -108,6 +112,10 @@ class Composite(Lowering):
     def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         parts = _parts(self.name, conv, dims)
         return sum(lowering_named(self._inside(*part)).work(*part)[0] for part in parts), conv.nbytes
+
+    def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        parts = _parts(self.name, conv, dims)
+        return all(lowering_named(self._inside(*part)).divisible(*part) for part in parts)
 
     def _inside(self, part: ConvSignature, dims: ConvDimensionNumbers) -> str:
         return self.inner if lowering_named(self.inner).native(part, dims) else "xla"
