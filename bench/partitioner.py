@@ -7,9 +7,8 @@ each pair of axes, on two devices. Plain `lax.conv_general_dilated` in several d
 all candidates that are no such convolution, in fewer pairs. One line for each that has wrong numbers or does not
 compile; then how many there were.
 
-On jaxlib 0.10.2, 0.11.2 and 0.12.0 plain convolutions are right where out is laid out as lhs is, in all of 18 kinds and
-24 pairs of axes. Of the others some are wrong: feature groups divided, and positions of a dilated lhs divided (see
-`Lowering.divisible`). Of the lowerings none is wrong.
+On jaxlib 0.10.2, 0.11.2 and 0.12.0 plain convolutions are right where out is laid out as lhs is. Of the others those
+with feature groups divided are wrong, and those with the positions of a dilated lhs divided (`Lowering.divisible`).
 """
 
 from __future__ import annotations
@@ -72,8 +71,8 @@ def forms(name: str, lowerings: bool) -> Iterator[tuple[ConvSignature, Candidate
     lhs, rhs, params = KINDS[name]
     written = ConvDimensionNumbers.parse(WRITTEN[len(lhs) - 2])
     params |= {"dimension_numbers": written.to_lax(), "precision": None, "preferred_element_type": None}
-    types = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (lhs, rhs))
-    conv = ConvSignature.of(*types, params)
+    images, kernel = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (lhs, rhs))
+    conv = ConvSignature.of(images, kernel, params)
     if lowerings:
         ways = candidates(conv, Candidate("xla", written), relaxed=True)
         yield from ((conv, way) for way in ways if way.lowering != "xla")
@@ -82,7 +81,7 @@ def forms(name: str, lowerings: bool) -> Iterator[tuple[ConvSignature, Candidate
 
 
 def wrong(conv: ConvSignature, way: Candidate, pairs: Any) -> Iterator[tuple[str, str, str]]:
-    """The pairs of axes along which lhs and rhs are divided that give other numbers, and what is wrong; '' for right."""
+    """Pairs of axes along which lhs and rhs are divided, and what is wrong then; '' for nothing."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     written, dims = ConvDimensionNumbers.parse(WRITTEN[conv.rank]), way.dims
     random = np.random.default_rng(0)
@@ -95,9 +94,8 @@ def wrong(conv: ConvSignature, way: Candidate, pairs: Any) -> Iterator[tuple[str
 
     expected = lax.conv_general_dilated(lhs, rhs, dimension_numbers=dims.to_lax(), **conv.params)
     for one, two in pairs:
-        places = (
-            tuple("d" if a == axis else None for a in axes.axes) for axis, axes in ((one, dims.lhs), (two, dims.rhs))
-        )
+        layouts = (one, dims.lhs.axes), (two, dims.rhs.axes)
+        places = (tuple("d" if a == axis else None for a in axes) for axis, axes in layouts)
         placed = [NamedSharding(mesh, P(*place)) for place in places]
         if any(s.spec[a] and x.shape[a] % 2 for x, s in ((lhs, placed[0]), (rhs, placed[1])) for a in range(x.ndim)):
             continue

@@ -155,8 +155,7 @@ def check_explicit():
 
 
 def check_forms():
-    """XLA computes no convolution in a form in which it gets divided ones wrong, whoever asks for it: a plan, a policy, or
-    JAX in a derivative."""
+    """XLA computes no convolution in a form in which it gets divided ones wrong, whoever asks for it."""
 
     def told(x, k, dims, lowering, dilation, groups):
         numbers = ConvDimensionNumbers.parse(dims)
@@ -209,8 +208,8 @@ def check_types():
             def plain(x, k, groups=groups):
                 return conv(x, k, groups=groups)
 
-            def loss(conv):
-                return lambda x, k: jnp.square(jnp.tanh(conv(x, k))).sum()
+            def loss(fun):
+                return lambda *args: jnp.square(jnp.tanh(fun(*args))).sum()
 
             tuned = auto_layout(plain, table=f"{folder}/{name}.sqlite", **OPTIONS)
             x, k = jax.device_put(normal(10, *shape), P("data")), jax.device_put(k, P())

@@ -29,11 +29,5 @@ class Xla(Lowering):
         yield ConvDimensionNumbers(last, KernelLayout.oi_first(conv.rank), last)
         yield ConvDimensionNumbers.channels_first(conv.rank)
 
-    def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
-        """Where out is laid out as lhs is. Elsewhere XLA's partitioner goes wrong in jaxlib 0.10 to 0.12, with wrong
-        numbers or an error of the compiler, where feature groups are divided and where positions of a dilated lhs are
-        (`bench.partitioner`)."""
-        return dims.lhs == dims.out
-
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
