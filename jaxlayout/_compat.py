@@ -69,9 +69,26 @@ def rank_of(atom: Any) -> int:
     return len(getattr(atom.aval, "shape", ()))
 
 
+def reordered(aval: Any, order: Sequence[int]) -> Any:
+    """The type of an array whose axes have been moved. (Made anew of a shape and a dtype it would lack the rest.)"""
+    if list(order) == list(range(len(order))):
+        return aval
+    spec = (*aval.sharding.spec, *(None,) * (len(order) - len(aval.sharding.spec)))
+    spec = aval.sharding.spec.update(partitions=tuple(spec[axis] for axis in order))
+    return aval.update(shape=tuple(aval.shape[axis] for axis in order), sharding=aval.sharding.update(spec=spec))
+
+
 def consts_of(jaxpr: Any) -> Sequence[Any]:
     """The constants that go with `open_jaxpr(jaxpr).constvars`."""
     return getattr(jaxpr, "consts", ())
+
+
+def divides(ctx: Any) -> bool:
+    """Whether XLA cuts what is being lowered in this context into pieces for several devices, as it sees fit."""
+    place = ctx.module_context.axis_context
+    if (mesh := getattr(place, "mesh", None)) is None:
+        return getattr(place, "num_devices", None) != 1
+    return any(size > 1 for name, size in mesh.shape.items() if name not in place.manual_axes)
 
 
 @contextmanager

@@ -14,11 +14,14 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlayout import auto_layout, line
 from jaxlayout.accept import collectives, more_collectives
+from jaxlayout.convs.primitive import tuned_conv
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.graph import build
+from jaxlayout.layout import ConvDimensionNumbers
 
 KEYS: set[str] = set()
 FAVOURITES: tuple[str, ...] = ("xla",)
+NCHW = ConvDimensionNumbers.parse("NCHW,OIHW->NCHW")
 
 
 def measure(jobs, **_):
@@ -151,6 +154,79 @@ def check_explicit():
     assert sizes() == {4}, KEYS
 
 
+def check_forms():
+    """XLA computes no convolution in a form in which it gets divided ones wrong, whoever asks for it."""
+
+    def told(x, k, dims, lowering, dilation, groups):
+        numbers = ConvDimensionNumbers.parse(dims)
+        params = {
+            "window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "lhs_dilation": (dilation,) * 2,
+            "rhs_dilation": (1, 1), "feature_group_count": groups, "batch_group_count": 1,
+            "dimension_numbers": numbers.to_lax(), "precision": None, "preferred_element_type": None,
+            "out_sharding": None,
+        }  # fmt: skip
+        images, kernel = numbers.lhs.permutation_from(NCHW.lhs), numbers.rhs.permutation_from(NCHW.rhs)
+        out = tuned_conv(jnp.transpose(x, images), jnp.transpose(k, kernel), lowering=lowering, **params)
+        return jnp.transpose(out, NCHW.out.permutation_from(numbers.out))
+
+    whole = normal(8, 4, 8, 6, 8), normal(9, 16, 8, 4, 4)
+    features, positions = NamedSharding(mesh, P(None, "data")), NamedSharding(mesh, P(None, None, None, "data"))
+    cases = [(1, 2, features, features), (1, 8, features, ALL), (1, 8, ALL, ROWS), (2, 1, positions, ALL)]
+    for dilation, groups, *places in cases:
+        x, k = whole[0], whole[1][:, : 8 // groups]
+        divided = [jax.device_put(a, place) for a, place in zip((x, k), places, strict=True)]
+        expected = jax.jit(told, static_argnums=(2, 3, 4, 5))(x, k, str(NCHW), "xla", dilation, groups)
+        for dims in ("CHWN,IHWO->HWNC", "NCHW,OIHW->NHWC"):
+            for name in ("xla", "phases/xla") if dilation > 1 else ("xla",):
+                found = jax.jit(told, static_argnums=(2, 3, 4, 5))(*divided, dims, name, dilation, groups)
+                np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    def each(k, x):
+        return jax.grad(lambda k: jnp.square(conv(x[None], k)).sum())(k)
+
+    gradients, last = jax.vmap(each, (None, 0)), {"policy": "channels_last"}
+    stem, rows = HERE[0]["stem"], HERE[1]
+    expected = jax.jit(gradients)(PARAMS["stem"], X)
+    close(auto_layout(gradients, **last)(stem, rows), expected)
+    close(jax.jit(auto_layout(gradients, **last))(stem, rows), expected)
+    close(jax.vmap(auto_layout(each, **last), (None, 0))(stem, rows), expected)
+    inner = auto_layout(lambda x, k: conv(x, k), **last)
+    loss = jax.vmap(jax.grad(lambda k, x: jnp.square(inner(x[None], k)).sum()), (None, 0))
+    close(jax.jit(loss)(stem, rows), expected)
+
+
+def check_types():
+    """Where types say how arrays are divided, what is derived keeps to it, whatever it is computed by."""
+    global FAVOURITES
+    FAVOURITES = ("dot", "im2col", "shifted")
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
+        for name in ("one", "back", "depthwise"):
+            k, groups = PARAMS[name], 8 if name == "depthwise" else 1
+            shape = (16, k.shape[1] * groups, 6, 6)
+
+            def plain(x, k, groups=groups):
+                return conv(x, k, groups=groups)
+
+            def loss(fun):
+                return lambda *args: jnp.square(jnp.tanh(fun(*args))).sum()
+
+            tuned = auto_layout(plain, table=f"{folder}/{name}.sqlite", **OPTIONS)
+            x, k = jax.device_put(normal(10, *shape), P("data")), jax.device_put(k, P())
+            expected = jax.jit(jax.grad(loss(plain), (0, 1)))(x, k)
+            found = jax.jit(jax.grad(loss(tuned), (0, 1)))(x, k)
+            close(found, expected)
+            assert [a.sharding for a in found] == [a.sharding for a in expected]
+
+        def placed(x, k):
+            y = lax.conv_general_dilated(x, k, (1, 1), "SAME", out_sharding=P("data"))
+            return jnp.tanh(conv(y, k.swapaxes(0, 1)))
+
+        x, k = jax.device_put(normal(11, 16, 8, 6, 6), P(None, "model")), jax.device_put(PARAMS["one"], P())
+        for inside in (placed, jax.grad(lambda x, k: placed(x, k).sum(), (0, 1))):
+            close(jax.jit(auto_layout(inside, policy="channels_last"))(x, k), jax.jit(inside)(x, k))
+
+
 def check_the_guard():
     """A rewritten program that gathers what the original does not is refused."""
     plain = jax.jit(jnp.tanh).lower(HERE[1]).compile()
@@ -183,7 +259,9 @@ if __name__ == "__main__":
     ROWS, ALL = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     HERE = jax.device_put(PARAMS, ALL), jax.device_put(X, ROWS), jax.device_put(Y, ROWS)
     line.measure = measure
+    check_forms()
     check_the_guard()
     check_explicit()
+    check_types()
     check_placements()
     check_all()

@@ -12,15 +12,19 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
+from jax.experimental.ode import odeint
+from jax.extend.core import Primitive
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_retrace import FIRST, LAST, conv, forced, retraced, single, trace, transposes, whole_numbers
 
+from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules.loops import WHILE_TRIPS
+from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.program import equations
 from jaxlayout.rewrite.retrace import retrace
 
@@ -78,6 +82,30 @@ def checkpointed(x: Any, k: Any) -> Any:
     return jax.checkpoint(lambda x: jnp.sin(conv(x, k, FIRST)))(x)
 
 
+def counted(trips: Any, x: Any, k: Any) -> Any:
+    return lax.fori_loop(0, trips, lambda i, x: wrapped(conv(x, k, FIRST)), x)
+
+
+def many(trips: Any, xs: Any, k: Any) -> Any:
+    """Each with a number of rounds of its own: the loop's condition has an axis."""
+    return jax.vmap(counted, (0, 0, None))(trips, xs, k)
+
+
+def many_of_many(trips: Any, xs: Any, k: Any) -> Any:
+    return jax.vmap(jax.vmap(counted, (0, 0, None)), (0, 1, None))(trips, xs, k)
+
+
+elsewhere_p = Primitive("elsewhere")  # cannot be lowered here
+elsewhere_p.def_abstract_eval(lambda x: x)
+
+
+def by_platform(x: Any, k: Any) -> Any:
+    def here(x: Any) -> Any:
+        return wrapped(conv(x, k, FIRST))
+
+    return lax.platform_dependent(conv(x, k, FIRST), cpu=here, cuda=here, tpu=lambda x: elsewhere_p.bind(here(x)))
+
+
 PROGRAMS = {
     "scan": (scanned, (X, K)),
     "while": (looped, (X, K)),
@@ -85,6 +113,9 @@ PROGRAMS = {
     "switch": (branched, (X, K)),
     "swap": (swapped, (X, K)),
     "checkpoint": (checkpointed, (X, K)),
+    "many": (many, (np.array([2, 0, 3]), jnp.stack([X, 2 * X, -X]), K)),
+    "many of many": (many_of_many, (np.array([[2, 0], [1, 3]]), np.stack([[X, -X], [2 * X, X]]), K)),
+    "platform": (by_platform, (X, K)),
 }
 
 
@@ -109,6 +140,31 @@ def test_what_is_carried_keeps_its_order(name, primitive):
     jaxpr = trace(fun, *args)
     new = retraced(jaxpr, forced(jaxpr, LAST))
     assert count(new) and not count(the_body(new, primitive))
+
+
+def test_what_many_loops_carry_keeps_their_axes_first():
+    """XLA has one loop for all, which chooses among them by the condition's axes, the first of what is carried."""
+    jaxpr = trace(*PROGRAMS["many"][:1], *PROGRAMS["many"][1])
+    graph = build_graph(jaxpr, lambda conv, written: [written, Candidate("xla", ConvDimensionNumbers.parse(LAST))])
+    ports = [node for node in graph.nodes if node.kind == "port" and node.port and node.port.fixed]
+    assert ports and all(order[:1] == (0,) for node in ports for mode in node.modes for order in mode.operands if order)
+    assert any(len(node.modes) > 1 for node in ports)
+
+
+def test_many_differential_equations():
+    """An adaptive solver steps through each at a pace of its own."""
+
+    def solved(x: Any, ends: Any, k: Any) -> Any:
+        def slope(x: Any, t: Any) -> Any:
+            return jnp.tanh(conv(x, k, FIRST))
+
+        return jax.vmap(lambda x, end: odeint(slope, x, jnp.array([0.0, end])))(x, ends)
+
+    args = jnp.stack([X, -2 * X]), np.array([0.5, 2], np.float32), K / 9
+    jaxpr = trace(solved, *args)
+    plan = forced(jaxpr, LAST)
+    assert any(site.primitive is tuned_conv_p for site in equations(retraced(jaxpr, plan)))
+    np.testing.assert_allclose(jax.jit(single(jaxpr, plan))(*args), jax.jit(solved)(*args), rtol=1e-4, atol=1e-4)
 
 
 def test_what_a_loop_does_not_change_is_converted_once():
@@ -183,8 +239,8 @@ def test_gradients_of_checkpoints_keep_their_policy():
         # A plan for the gradient: the barriers around what is computed again stay.
         gradient = trace(jax.grad(loss, (0, 1)), X, K)
         new = retraced(gradient, forced(gradient, LAST))
-        assert [e.params["differentiated"] for e in equations(new) if e.primitive.name == "checkpoint"] == [
-            e.params["differentiated"] for e in equations(gradient) if e.primitive.name == "checkpoint"
+        assert [e.params["differentiated"] for e in equations(new) if e.primitive.name == "remat2"] == [
+            e.params["differentiated"] for e in equations(gradient) if e.primitive.name == "remat2"
         ]
         found, wanted = jax.jit(retrace(gradient, forced(gradient, LAST)))(X, K), jax.jit(jax.grad(loss, (0, 1)))(X, K)
         for a, b in zip(found, wanted, strict=True):

@@ -31,7 +31,8 @@ def pool(x: Any, window: Any = (1, 1, 3, 2)) -> Any:
 
 
 def window(x: Any, start: float, op: Any) -> Any:
-    return lax.reduce_window(x, start, op, (1, 1, 2, 3), (1, 1, 2, 1), [(0, 0), (0, 0), (1, 0), (0, 1)])
+    spread = {"base_dilation": (1, 1, 1, 2), "window_dilation": (1, 1, 2, 1)}
+    return lax.reduce_window(x, start, op, (1, 1, 2, 3), (1, 1, 2, 1), [(0, 0), (0, 0), (1, 0), (0, 1)], **spread)
 
 
 def first_largest(x: Any, axis: int) -> Any:
@@ -77,7 +78,7 @@ FUNCTIONS: dict[str, list[Callable[[Any], Any]]] = {
     "reduce": [lambda x: first_largest(x, 1), lambda x: first_largest(x, 3)],
     "reduce_and": [lambda x: jnp.all(x > -2, 2)],
     "reduce_max": [lambda x: jnp.max(x, (1, 3))],
-    "reduce_min": [lambda x: jnp.min(x, 0)],
+    "reduce_min": [lambda x: jnp.min(x, (0, 2))],
     "reduce_or": [lambda x: jnp.any(x > 1, (0, 3))],
     "reduce_prod": [lambda x: jnp.prod(x, 3)],
     "reduce_sum": [lambda x: jnp.sum(x, (2, 3)), lambda x: jnp.sum(x, 1), lambda x: jnp.sum(x, (0, 3))],
@@ -94,7 +95,10 @@ FUNCTIONS: dict[str, list[Callable[[Any], Any]]] = {
         lambda x: jnp.reshape(x[:, :, :1], (2, 6, 5)),
     ],
     "rev": [lambda x: lax.rev(x, (1,)), lambda x: lax.rev(x, (0, 3))],
-    "select_and_gather_add": [lambda x: jax.jvp(pool, (x,), (2 * x,))[1]],
+    "select_and_gather_add": [
+        lambda x: jax.jvp(pool, (x,), (2 * x,))[1],
+        lambda x: jax.jvp(lambda x: window(x, -np.inf, lax.max), (x,), (2 * x,))[1],
+    ],
     "select_and_scatter_add": [jax.grad(lambda x: jnp.sum(pool(x) * (1 + jnp.cumsum(pool(x), 3))))],
     "select_n": [lambda x: jnp.where(x > 0, x, -7), lambda x: lax.select_n(x[0, 0, 0, 0] > 0, x, 2 * x)],
     "slice": [lambda x: x[:, 1:5:2, ::3, :4], lambda x: lax.slice(x, (0, 1, 0, 2), (1, 6, 3, 5))],

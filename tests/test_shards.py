@@ -15,8 +15,11 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import lowering_named
+from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.shards import of_arguments
+from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.program import program_key
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +28,7 @@ X, K = jnp.zeros((8, 16, 6, 6)), jnp.zeros((32, 16, 3, 3))
 
 
 def conv(x, k):
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
+    return lax.conv_general_dilated(x, k, (1,) * (x.ndim - 2), "SAME")
 
 
 def traced(fun, *args, specs):
@@ -170,6 +173,25 @@ def test_candidates_are_of_the_piece_and_of_the_whole():
     (site,) = build_graph(jaxpr, ways, divided=divided).sites
     assert asked == [2]
     assert [mode.candidate.lowering for mode in site.modes if mode.candidate] == ["xla", "dot"]
+
+
+def test_forms_that_xla_gets_wrong_in_pieces_are_no_candidates():
+    """Those whose out is laid out otherwise than lhs, unless they are products and no convolution of XLA's."""
+
+    def ways(conv, written):
+        dims = [ConvDimensionNumbers.parse(text) for text in ("NCHW,OIHW->NHWC", "NHWC,OIHW->NHWC")]
+        return [written, *(Candidate(name, each) for each in dims for name in ("xla", "dot"))]
+
+    for spec, forms in ((P("data"), 3), (P(None, None, "data"), 3), (P(), 4)):
+        jaxpr, divided = traced(conv, X, jnp.zeros((4, 16, 1, 1)), specs=[spec, P()])
+        (site,) = build_graph(jaxpr, ways, divided=divided).sites
+        assert len(site.modes) == 1 + forms
+    lhs, rhs = jnp.zeros((2, 4, 6, 6, 6)), jnp.zeros((4, 4, 5, 5, 5))
+    (volume,) = jax.make_jaxpr(lambda x, k: lax.conv_general_dilated(x, k, (1, 1, 1), "VALID"))(lhs, rhs).eqns
+    gradient = ConvSignature.of(lhs, rhs, volume.params)
+    for dims in (ConvDimensionNumbers.channels_last(3), ConvDimensionNumbers.kernel_gradient(3)):
+        right = [name for name in ("xla", "planes/xla", "im2col") if lowering_named(name).divisible(gradient, dims)]
+        assert right == (["xla", "planes/xla", "im2col"] if dims.lhs == dims.out else ["im2col"])
 
 
 def test_other_equations_and_conversions():

@@ -45,6 +45,8 @@ class Lowering(ABC):
     """Whether it reads lhs several times in what XLA may fuse with what computes lhs."""
     in_turn: ClassVar[bool] = False
     """Whether it takes images one after the other, so that each device would need those of all others."""
+    convolves: ClassVar[bool] = True
+    """Whether there are convolutions of XLA's own in it."""
     relaxed: ClassVar[bool] = False
     """Whether it may be less accurate than XLA's own convolution, or spread a NaN farther: offered only under
     `numerics='relaxed'`."""
@@ -72,6 +74,12 @@ class Lowering(ABC):
         """The least that it does: multiply-adds, and bytes read or written. Default: the plain sum without the zeros of
         padding and dilation, each operand and out once."""
         return conv.products, conv.nbytes
+
+    def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        """Whether XLA computes it rightly where it divides arrays among devices. Its partitioner goes wrong on some
+        convolutions whose out is laid out otherwise than lhs: in jaxlib 0.10 to 0.12, with wrong numbers or an error of
+        the compiler, where feature groups or positions of a dilated lhs are divided (`bench.partitioner`)."""
+        return not self.convolves or dims.lhs == dims.out
 
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings that it makes of itself in these layouts: one, or none where it is not native."""
@@ -111,6 +119,10 @@ class Composite(Lowering):
     def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         parts = _parts(self.name, conv, dims)
         return sum(lowering_named(self._inside(*part)).work(*part)[0] for part in parts), conv.nbytes
+
+    def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
+        parts = _parts(self.name, conv, dims)
+        return all(lowering_named(self._inside(*part)).divisible(*part) for part in parts)
 
     def _inside(self, part: ConvSignature, dims: ConvDimensionNumbers) -> str:
         own = self.inner == "xla" or not lowering_named(self.inner).native(part.cropped, dims)

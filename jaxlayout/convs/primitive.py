@@ -10,6 +10,7 @@ somebody to ask.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,10 +19,11 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import ad, batching, mlir, xla
+from jax.sharding import AxisType, NamedSharding, auto_axes
 
-from jaxlayout._compat import eval_equations
+from jaxlayout._compat import divides, eval_equations
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, lowering_named
+from jaxlayout.convs.lowering import evaluate, in_turn, lowering_named, xla_for
 from jaxlayout.convs.signature import ConvSignature, written_order
 
 tuned_conv_p = Primitive("tuned_conv")
@@ -62,6 +64,12 @@ def tuned_conv(
     return tuned_conv_p.bind(lhs, rhs, lowering=lowering, picker=picker, derived=derived, **params)
 
 
+def is_explicit(aval: Any) -> bool:
+    """Whether a type says how its values are divided among devices."""
+    sharding = getattr(aval, "sharding", None)
+    return isinstance(sharding, NamedSharding) and AxisType.Explicit in sharding.mesh.axis_types
+
+
 def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
     """The lowering for a convolution derived from one computed by `name`, if nobody chooses: the same where it is
     native in the order the derived one has, else XLA's own."""
@@ -70,19 +78,31 @@ def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None, derived: bool, **params: Any) -> Any:
     written = written_order(params)
-    chosen = Candidate(lowering, written)
+    (lhs_type, rhs_type), (out_type,) = ctx.avals_in, ctx.avals_out
+    conv, chosen = ConvSignature.of(lhs_type, rhs_type, params), Candidate(lowering, written)
     if derived and picker is not None:
-        chosen = picker(ctx.avals_in[0], ctx.avals_in[1], lowering, params, ctx.module_context.platforms)
+        chosen = picker(lhs_type, rhs_type, lowering, params, ctx.module_context.platforms)
+    if divides(ctx):
+        chosen = _divided(chosen, conv, derived)
 
     def compute(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         dims = chosen.dims
-        conv = ConvSignature.of(lhs, rhs, params)
         lhs = lax.transpose(lhs, dims.lhs.permutation_from(written.lhs))
         rhs = lax.transpose(rhs, dims.rhs.permutation_from(written.rhs))
         out = evaluate(chosen.lowering, conv, dims, lhs, rhs)
         return lax.transpose(out, written.out.permutation_from(dims.out))
 
-    return mlir.lower_fun(compute, multiple_results=False)(ctx, lhs, rhs)
+    # A lowering says nothing of where arrays lie. XLA sees to that, and out goes where its type says.
+    placed: Any = auto_axes(compute, out_sharding=out_type.sharding) if is_explicit(out_type) else compute
+    return mlir.lower_fun(placed, multiple_results=False)(ctx, lhs, rhs)
+
+
+def _divided(chosen: Candidate, conv: ConvSignature, derived: bool) -> Candidate:
+    """What is computed in place of a candidate where XLA divides arrays among devices: itself, if that gives the right
+    numbers. `derived`: nobody has seen it there before, so it does not take images in turn either."""
+    if lowering_named(chosen.lowering).divisible(conv, chosen.dims) and not (derived and in_turn(chosen.lowering)):
+        return chosen
+    return Candidate(xla_for(conv), replace(chosen.dims, out=chosen.dims.lhs))
 
 
 def _rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any]:

@@ -194,7 +194,7 @@ def _through(port: Port) -> Callable[[int, Order], Mode | None]:
     outer, results = len(port.operands), len(port.operands) + len(port.outvars) + len(port.invars)
 
     def extend(slot: int, order: Order) -> Mode | None:
-        inside = order if outer <= slot < results else port.inside(order)
+        inside = port.inside(port.outside(order) if outer <= slot < results else order)
         if inside is None:
             return None
         outside = port.outside(inside)
@@ -207,6 +207,7 @@ def _through(port: Port) -> Callable[[int, Order], Mode | None]:
 class _Builder:
     def __init__(self, enumerate_candidates: Enumerate, divided: Mapping[Any, Division]):
         self.enumerate, self.divided = enumerate_candidates, divided
+        self.spread = False  # where anything is divided XLA may divide all: it hands on what no rule of ours knows
         self.values: list[Value] = []
         self.divisions: list[Division] = []
         self.drafts: list[_Draft] = []
@@ -215,6 +216,7 @@ class _Builder:
         division = division or shards.of_type(aval) or shards.whole(len(aval.shape))
         self.values.append(Value(shards.local(aval.shape, division), aval.dtype, place.times))
         self.divisions.append(division)
+        self.spread |= any(division)
         return len(self.values) - 1
 
     def add(
@@ -342,9 +344,14 @@ class _Builder:
         results = [self.value(out.aval, place, shards.of_type(out.aval) or division)]
         written = written_order(eqn.params)
 
-        def runs(way: Candidate) -> bool:  # the program holds the whole convolution, whatever a device has of it
-            native = way.lowering == xla_for(full) or lowering_named(way.lowering).native(full, way.dims)
-            return native and not in_turn(way.lowering)
+        def runs(way: Candidate) -> bool:
+            lowering = lowering_named(way.lowering)
+            if self.spread and not lowering.divisible(full, way.dims):
+                return False
+            if conv == full:
+                return True
+            # The program holds the whole convolution, whatever a device has of it.
+            return (way.lowering == xla_for(full) or lowering.native(full, way.dims)) and not in_turn(way.lowering)
 
         ways = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
         modes = [
@@ -354,7 +361,7 @@ class _Builder:
                 c,
             )
             for i, c in enumerate(ways)
-            if i == 0 or conv == full or runs(c)
+            if i == 0 or runs(c)
         ]
         self.add(place, "site", operands, results, modes, conv=conv, name=str(eqn.primitive))
         return [(results[0], _rank(out))]

@@ -17,8 +17,8 @@ from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
 from jaxlayout._compat import consts_of, eval_equations, open_jaxpr, run_equations
-from jaxlayout.convs.lowering import evaluate
-from jaxlayout.convs.primitive import chosen_lowering, tuned_conv_p
+from jaxlayout.convs.lowering import evaluate, lowering_named
+from jaxlayout.convs.primitive import is_explicit, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.rules import bodies_of
 from jaxlayout.rewrite.still import is_still, still_values
@@ -32,8 +32,11 @@ def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, ex
     def bind(eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
         if expand and eqn.primitive is tuned_conv_p:
             lhs, rhs = operands
-            conv, dims = ConvSignature.of(lhs, rhs, eqn.params), written_order(eqn.params)
-            lowered = jax.make_jaxpr(partial(evaluate, chosen_lowering(eqn.params), conv, dims))(*operands)
+            name, conv, dims = eqn.params["lowering"], ConvSignature.of(lhs, rhs, eqn.params), written_order(eqn.params)
+            # Others are seen to where they are lowered.
+            if is_explicit(eqn.outvars[0].aval) or not lowering_named(name).divisible(conv, dims):
+                return None
+            lowered = jax.make_jaxpr(partial(evaluate, name, conv, dims))(*operands)
             return eval_equations(lowered, operands, bind)
         if eqn.primitive is p.jit_p and (bodies := bodies_of(eqn)) is not None:
             return eval_equations(bodies[0].jaxpr, operands, bind)

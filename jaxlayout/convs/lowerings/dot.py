@@ -24,6 +24,7 @@ class Dot(Lowering):
     """
 
     name = "dot"
+    convolves = False
     any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:

@@ -38,6 +38,7 @@ class Fft(Lowering):
     """
 
     name = "fft"
+    convolves = False
     relaxed = True
     any_kernel = True
 

@@ -36,6 +36,7 @@ class Im2col(Lowering):
     """
 
     name = "im2col"
+    convolves = False
     version = 2
     rereads = True
 

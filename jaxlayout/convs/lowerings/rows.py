@@ -35,6 +35,7 @@ class Rows(Lowering):
     """
 
     name = "rows"
+    convolves = False
     version = 2
     rereads = True
     in_turn = True

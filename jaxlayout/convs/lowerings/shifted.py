@@ -38,6 +38,7 @@ class Shifted(Lowering):
     """
 
     name = "shifted"
+    convolves = False
     version = 5
     any_kernel = True
     rereads = True

@@ -29,6 +29,7 @@ class TapDots(Lowering):
     """
 
     name = "tap_dots"
+    convolves = False
     rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:

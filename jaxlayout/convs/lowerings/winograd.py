@@ -38,6 +38,7 @@ class Winograd(Lowering):
     """
 
     relaxed = True
+    convolves = False
     any_kernel = True
     tile: ClassVar[int]
     b: ClassVar[Matrix]

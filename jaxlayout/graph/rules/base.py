@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import jax
 from jax.extend.core import Primitive
 from jax.sharding import AxisType, NamedSharding
 
 from jaxlayout._compat import bind_equation, open_jaxpr
-from jaxlayout.layout import Order
+from jaxlayout.layout import Order, identity
 
 Axes = tuple[tuple[int, ...], ...]
 """The labels of each axis of one value."""
@@ -94,6 +95,8 @@ class Port:
     outvars: tuple[tuple[int, int], ...] = ()
     stacked: bool = False
     """Whether outside it is one array of many, along an axis more that stands first."""
+    fixed: int = 0
+    """How many of the first axes stay where they are, in the bodies."""
 
     def outside(self, order: Order) -> Order:
         """The order of the equation's operand or result when the bodies have `order`."""
@@ -101,9 +104,11 @@ class Port:
 
     def inside(self, order: Order) -> Order | None:
         """The inverse of `outside`; None where bodies cannot have that."""
-        if not self.stacked:
-            return order
-        return tuple(axis - 1 for axis in order[1:]) if order[0] == 0 else None
+        if self.stacked:
+            if order[0] != 0:
+                return None
+            order = tuple(axis - 1 for axis in order[1:])
+        return order if order[: self.fixed] == identity(self.fixed) else None
 
 
 Bodies = Sequence[Callable[..., list[Any]]]
@@ -122,13 +127,16 @@ class RegionRule:
     """Make the equation anew: equation, its re-traced bodies, physical operands, orders."""
     version: int = 1
     """As of a `Rule`."""
+    known: frozenset[str] = frozenset()
+    """The parameters that `rebuild` sees to, where it does not bind the equation's own: an equation with others, of a
+    later JAX, is a barrier."""
 
     def inner_orders(self, eqn: Any, orders: Orders) -> tuple[Orders, ...] | None:
         """The orders of each body's invars and outvars when the equation has these; None where that cannot be."""
         known: dict[Any, Order] = {}
         for port in self.ports(eqn):
             outer = [*(orders.operands[i] for i in port.operands), *(orders.results[i] for i in port.results)]
-            inner = {port.inside(order) for order in outer} or {()}  # a loop's condition stays inside
+            inner = {port.inside(order) for order in outer} or {identity(port.fixed)}  # a condition stays inside
             if len(inner) != 1 or (order := inner.pop()) is None:
                 return None
             known |= {("in", *place): order for place in port.invars}
@@ -172,7 +180,15 @@ def rule_for(primitive: Primitive) -> Rule | RegionRule | None:
 def bodies_of(eqn: Any) -> tuple[Body, ...] | None:
     """The bodies of an equation that orders enter; None for any other."""
     rule = rule_for(eqn.primitive)
-    return rule.bodies(eqn) if isinstance(rule, RegionRule) else None
+    if not isinstance(rule, RegionRule) or (rule.known and not rule.known.issuperset(eqn.params)):
+        return None
+    return rule.bodies(eqn)
+
+
+def closed(body: Callable[..., list[Any]], like: Sequence[Any]) -> Any:
+    """The closed jaxpr of a re-traced body, for arguments of the types of some arrays or types. One for each body: JAX
+    remembers it."""
+    return jax.make_jaxpr(body)(*like)
 
 
 def rule_names() -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from jax.extend.core.primitives import conv_general_dilated_p
 
 from jaxlayout._compat import bind_equation, consts_as_arguments, consts_of, open_jaxpr, unspecified_sharding
 from jaxlayout.convs.primitive import conv_params, tuned_conv_p
-from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, register_rule
+from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, closed, register_rule
 from jaxlayout.layout import Order, conversion, identity
 from jaxlayout.layout.order import permuted
 
@@ -35,9 +35,7 @@ def _jit_body(eqn: Any) -> tuple[Body, ...] | None:
 
 
 def _rebuild_jit(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
-    (body,) = bodies
-    jitted = jax.jit(body, inline=eqn.params["inline"], keep_unused=eqn.params["keep_unused"])
-    return jitted(*operands)
+    return bind_equation(eqn, operands, jaxpr=closed(bodies[0], operands))
 
 
 register_rule(p.jit_p, RegionRule(_jit_body, straight, _rebuild_jit))
@@ -57,19 +55,12 @@ def _as_convolutions(policy: Any) -> Any:
 
 
 def _rebuild_checkpoint(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
-    (body,) = bodies
-    params = eqn.params
-    if not params["differentiated"]:
-        again = jax.checkpoint(
-            lambda *args: body(*args), prevent_cse=params["prevent_cse"], policy=_as_convolutions(params["policy"])
-        )
-        return list(again(*operands))
-    # What autodiff left to be computed again: the barrier that keeps it from being merged with the first time is this
-    # equation's own.
-    traced = jax.make_jaxpr(body)(*operands)
+    params, traced = {"policy": _as_convolutions(eqn.params["policy"])}, closed(bodies[0], operands)
     if consts := list(consts_of(traced)):
         traced, operands = consts_as_arguments(traced, operands), [*consts, *operands]
-    return bind_equation(eqn, operands, jaxpr=open_jaxpr(traced))
+        if isinstance(each := eqn.params["prevent_cse"], tuple):  # for each operand
+            params["prevent_cse"] = (False,) * len(consts) + each
+    return bind_equation(eqn, operands, jaxpr=open_jaxpr(traced), **params)
 
 
 register_rule(p.remat_p, RegionRule(lambda eqn: (Body(eqn.params["jaxpr"]),), straight, _rebuild_checkpoint))
@@ -136,5 +127,7 @@ def _rebuild_custom_vjp(eqn: Any, bodies: Bodies, operands: Sequence[Any], order
     return list(fun(*operands))
 
 
-register_rule(p.custom_jvp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_jvp))
-register_rule(p.custom_vjp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_vjp))
+_CUSTOM = frozenset({"call_jaxpr", "num_consts", "symbolic_zeros"})
+_JVP, _VJP = _CUSTOM | {"jvp_jaxpr_fun"}, _CUSTOM | {"fwd_jaxpr_thunk", "bwd", "out_trees"}
+register_rule(p.custom_jvp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_jvp, known=_JVP))
+register_rule(p.custom_vjp_call_p, RegionRule(_plain_custom, straight, _rebuild_custom_vjp, known=_VJP))

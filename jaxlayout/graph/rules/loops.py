@@ -1,15 +1,14 @@
-"""Loops and branches: `scan`, `while` and `cond`, rebuilt by the functions of `jax.lax` that made them."""
+"""Loops and branches: `scan`, `while` and `cond`, bound again with other bodies and all else that they have."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import open_jaxpr, rank_of
-from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, register_rule
+from jaxlayout._compat import bind_equation, open_jaxpr, rank_of, reordered
+from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, closed, register_rule
 
 WHILE_TRIPS = 10.0
 """How often a loop is believed to run that does not say."""
@@ -39,18 +38,10 @@ def _scan_ports(eqn: Any) -> tuple[Port, ...]:
 
 
 def _rebuild_scan(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
-    (body,) = bodies
-    consts, carried = _scan_parts(eqn)
-    held, rest = operands[:consts], operands[consts:]
-
-    def step(carry: Any, xs: Any) -> tuple[Any, Any]:
-        outs = body(*held, *carry, *xs)
-        return tuple(outs[:carried]), tuple(outs[carried:])
-
-    names = ("length", "reverse", "unroll", "_split_transpose")
-    settings = {name: eqn.params[name] for name in names if name in eqn.params}
-    carry, ys = lax.scan(step, tuple(rest[:carried]), tuple(rest[carried:]), **settings)
-    return [*carry, *ys]
+    whole = sum(_scan_parts(eqn))  # of the others the body has one after the other
+    one = [var.aval for var in open_jaxpr(eqn.params["jaxpr"]).invars[whole:]]
+    moved = [reordered(aval, tuple(a - 1 for a in o[1:])) for aval, o in zip(one, orders.operands[whole:], strict=True)]
+    return bind_equation(eqn, operands, jaxpr=closed(bodies[0], [*operands[:whole], *moved]))
 
 
 register_rule(
@@ -66,7 +57,9 @@ def _while_bodies(eqn: Any) -> tuple[Body, ...]:
 
 
 def _while_ports(eqn: Any) -> tuple[Port, ...]:
+    """A loop of many under vmap has a predicate for each of them: what is carried has the predicate's axes first."""
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    many = rank_of(open_jaxpr(eqn.params["cond_jaxpr"]).outvars[0])
     return (
         *(Port(operands=(i,), invars=((0, i),)) for i in range(first)),
         *(Port(operands=(first + i,), invars=((1, i),)) for i in range(second)),
@@ -76,20 +69,19 @@ def _while_ports(eqn: Any) -> tuple[Port, ...]:
                 results=(i,),
                 invars=((0, first + i), (1, second + i)),
                 outvars=((1, i),),
+                fixed=many,
             )
             for i in range(len(eqn.outvars))
         ),
-        Port(outvars=((0, 0),)),
+        Port(outvars=((0, 0),), fixed=many),
     )
 
 
 def _rebuild_while(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
-    holds, body = bodies
     first, second = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     one, two, carry = operands[:first], operands[first : first + second], operands[first + second :]
-    return list(
-        lax.while_loop(lambda carry: holds(*one, *carry)[0], lambda carry: tuple(body(*two, *carry)), tuple(carry))
-    )
+    holds, body = (closed(run, [*held, *carry]) for run, held in zip(bodies, (one, two), strict=True))
+    return bind_equation(eqn, operands, cond_jaxpr=holds, body_jaxpr=body)
 
 
 register_rule(p.while_p, RegionRule(_while_bodies, _while_ports, _rebuild_while))
@@ -110,8 +102,7 @@ def _cond_ports(eqn: Any) -> tuple[Port, ...]:
 
 
 def _rebuild_cond(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Orders) -> list[Any]:
-    index, *rest = operands
-    return list(lax.switch(index, [lambda *args, body=body: tuple(body(*args)) for body in bodies], *rest))
+    return bind_equation(eqn, operands, branches=tuple(closed(body, operands[1:]) for body in bodies))
 
 
 register_rule(p.cond_p, RegionRule(_cond_bodies, _cond_ports, _rebuild_cond))

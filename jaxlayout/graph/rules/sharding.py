@@ -18,7 +18,7 @@ from jaxlayout.layout.order import permuted
 def _spec(spec: PartitionSpec, order: Order) -> PartitionSpec:
     """The spec of an array in another order. It may say less than there are axes."""
     entries = (*spec, *(None,) * (len(order) - len(spec)))
-    return PartitionSpec(*permuted(entries, order))
+    return spec.update(partitions=permuted(entries, order))
 
 
 def _constrained(eqn: Any) -> Labelling | None:
@@ -28,7 +28,7 @@ def _constrained(eqn: Any) -> Labelling | None:
 
 def _constrained_params(eqn: Any, orders: Orders) -> dict[str, Any]:
     (order,), sharding = orders.operands, eqn.params["sharding"]
-    moved = NamedSharding(sharding.mesh, _spec(sharding.spec, order), memory_kind=sharding.memory_kind)
+    moved = sharding.update(spec=_spec(sharding.spec, order))
     return {"sharding": moved, "unconstrained_dims": frozenset(map(order.index, eqn.params["unconstrained_dims"]))}
 
 
@@ -50,5 +50,9 @@ def _rebuild_shard_map(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders
 
 
 # Neither primitive has a public name.
-register_rule("shard_map", RegionRule(lambda eqn: (Body(eqn.params["jaxpr"]),), straight, _rebuild_shard_map))
+_KNOWN = frozenset({"jaxpr", "mesh", "in_specs", "out_specs", "newly_manual_axes", "check_vma"})
+register_rule(
+    "shard_map",
+    RegionRule(lambda eqn: (Body(eqn.params["jaxpr"]),), straight, _rebuild_shard_map, known=_KNOWN),
+)
 register_rule("pvary", Rule(same_axes))
