@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 from jax.api_util import debug_info
+from jax.core import ShapedArray
 from jax.extend import linear_util, source_info_util
 from jax.extend.core import Literal
 
@@ -67,6 +68,11 @@ def open_jaxpr(jaxpr: Any) -> Any:
 def rank_of(atom: Any) -> int:
     """How many axes a variable or literal of a jaxpr has; none where it is no array (a token)."""
     return len(getattr(atom.aval, "shape", ()))
+
+
+def is_array(aval: Any) -> bool:
+    """Whether a type in a jaxpr is that of an array, and not of a reference to one, or of a token."""
+    return isinstance(aval, ShapedArray)
 
 
 def consts_of(jaxpr: Any) -> Sequence[Any]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, open_jaxpr
+from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, is_array, open_jaxpr
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.derived import Measured
@@ -405,6 +405,8 @@ def _arrays(jaxpr: Any, args: Sequence[Any], shardings: Sequence[Any] | None) ->
     """A closed jaxpr's arguments as jit makes arrays of them."""
 
     def array(leaf: Any, aval: Any, sharding: Any) -> Any:
+        if not is_array(aval):
+            return leaf  # a reference
         made = leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
         return made if sharding in (None, made.sharding) else jax.device_put(made, sharding)
 

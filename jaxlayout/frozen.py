@@ -19,6 +19,7 @@ from jaxlayout._compat import (
     am_i_under_a_jit,
     consts_as_arguments,
     consts_of,
+    is_array,
     surroundings,
     unspecified_sharding,
 )
@@ -212,7 +213,7 @@ class Frozen:
 
         def prepare() -> tuple[jax.Array, ...]:
             own, _ = split.sides(arrays)
-            kept = split.prepare([x if isinstance(x, jax.Array) else jnp.asarray(x) for x in own])
+            kept = split.prepare([jnp.asarray(x) if is_array(jax.typeof(x)) else x for x in own])
             return tuple(_copied(x) if id(x) in closed_over else x for x in kept)
 
         def run(kept: Sequence[Any], *rest: Any) -> Any:
