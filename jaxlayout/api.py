@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, is_array, open_jaxpr
+from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.derived import Measured
@@ -108,6 +109,7 @@ class AutoLayout:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
+            known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:

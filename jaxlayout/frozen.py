@@ -24,6 +24,7 @@ from jaxlayout._compat import (
     unspecified_sharding,
 )
 from jaxlayout.accept import allowance
+from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.plan import Plan
@@ -146,6 +147,8 @@ class Frozen:
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
         whole = nested or any(isinstance(leaf, Tracer) for leaf in rest)
+        if whole:
+            known_elsewhere()
         kinds = [
             (type(leaf), leaf) if fixed else (jax.typeof(leaf), placement(leaf))
             for leaf, fixed in zip(leaves, static, strict=True)
