@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend.core as jex_core
 from jax.api_util import debug_info
+from jax.core import ShapedArray
 from jax.extend import linear_util, source_info_util
 from jax.extend.core import Literal
 
@@ -76,6 +77,11 @@ def reordered(aval: Any, order: Sequence[int]) -> Any:
     spec = (*aval.sharding.spec, *(None,) * (len(order) - len(aval.sharding.spec)))
     spec = aval.sharding.spec.update(partitions=tuple(spec[axis] for axis in order))
     return aval.update(shape=tuple(aval.shape[axis] for axis in order), sharding=aval.sharding.update(spec=spec))
+
+
+def is_array(aval: Any) -> bool:
+    """Whether a type in a jaxpr is that of an array, and not of a reference to one, or of a token."""
+    return isinstance(aval, ShapedArray)
 
 
 def consts_of(jaxpr: Any) -> Sequence[Any]:

@@ -12,7 +12,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
 from typing import Any, overload
@@ -21,7 +21,16 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlayout._compat import am_i_under_a_jit, at_top_level, consts_as_arguments, consts_of, open_jaxpr
+from jaxlayout._compat import (
+    am_i_under_a_jit,
+    at_top_level,
+    consts_as_arguments,
+    consts_of,
+    eval_equations,
+    is_array,
+    open_jaxpr,
+)
+from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.derived import Measured
@@ -37,7 +46,17 @@ from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.threads import apart, default_device, device_of, is_real, one_device
-from jaxlayout.wrapped import NOT_NESTED, flat_function, is_jitted, jit_settings, told_shardings
+from jaxlayout.wrapped import (
+    NOT_NESTED,
+    StandIn,
+    forget,
+    is_jitted,
+    jit_settings,
+    program_of,
+    take_after,
+    told_shardings,
+    traced_once,
+)
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -90,13 +109,16 @@ class AutoLayout:
     """A function under `auto_layout`. Called like the function that it wraps."""
 
     def __init__(self, fun: Callable[..., Any], options: Options, pinned: Plan | None, jit: dict[str, Any]):
-        # Without the function's attributes: one called `plan` would hide the method.
-        functools.update_wrapper(self, fun, updated=())
+        bare, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
+        theirs = getattr(bare, "__dict__", {}).items()  # first: what is ours wins
+        self.__dict__.update({name: value for name, value in theirs if not hasattr(AutoLayout, name)})
+        self._fun: Callable[..., Any] = bare
+        self._source = traced_once(bare, told)
+        take_after(self, self._source)
         self.__wrapped__: Callable[..., Any] = fun
         self.options = options
         self.pinned = pinned
         self.jit = jit
-        self._fun, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
         self._call = threading.local()  # the arguments of the call under way, for judging
         self._tuning = threading.Lock()
         self._picker = Measured(options)
@@ -108,6 +130,7 @@ class AutoLayout:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
+            known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
         self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
         try:
@@ -120,6 +143,10 @@ class AutoLayout:
         What this function was told to do without measuring it does there too, but not where candidates are compared."""
         where = inside()
         return where == "tuning" or (where == "traced" and self.options.policy == "auto" and self.pinned is None)
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        """In here what the function calls is part of it. JAX keeps what is traced here apart from what is not."""
+        return within("traced") if self.options.policy == "auto" else nullcontext()
 
     def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a call runs. JAX traces anew for other shapes, not for arrays that lie otherwise among devices."""
@@ -156,6 +183,10 @@ class AutoLayout:
 
     def __deepcopy__(self, memo: Any) -> AutoLayout:
         return self  # as a function is
+
+    def __reduce__(self) -> Any:
+        told = self._told if is_jitted(self.__wrapped__) else None  # jit forgets them where it is pickled
+        return _again, (self._fun, told, self.options, self.pinned, self.jit)
 
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
@@ -203,17 +234,19 @@ class AutoLayout:
                 self._compile_with(wanted.options)
             except NoTurn as late:
                 postponed(self._name, late)
-                return run(self._plain)
+                with self._whole():  # as it has been traced
+                    return run(self._plain)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
-        return self._plain.eval_shape(*args, **kwargs)
+        with self._whole():
+            return type(self._plain).eval_shape(self._plain, *args, **kwargs)
 
     def clear_cache(self) -> None:
         """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
-        every = (self._entry, *self._placed.values(), self._traced, self._nested, self._plain)
+        every = (self._entry, *self._placed.values(), self._traced, self._nested, self._plain, self._source)
         for jitted in every:
-            jitted.clear_cache()
+            forget(jitted)
 
     def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from, tuning if need be."""
@@ -272,18 +305,17 @@ class AutoLayout:
         compiler options, and `_CompileWith` is raised where they are not those of this jit."""
         fun = self._fun
 
-        @functools.wraps(fun, updated=())
         def body(*args: Any, **kwargs: Any) -> Any:
             config: Any = jax.config
-            plain = seen is None and (self.options.policy == "off" or self._is_part())
-            if plain or config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
+            if config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
-            flat, out_trees = flat_function(lambda given: fun(*given[0], **given[1]), leaves, tree, places)
-            arrays = [leaves[i] for i in places]
-            with within("traced") if self.options.policy == "auto" else nullcontext():
-                jaxpr = jax.make_jaxpr(flat)(*arrays)
+            part = seen is None and self._is_part()
+            with nullcontext() if part else self._whole():
+                jaxpr, arrays, out_tree = program_of(self._source, args, kwargs, places)
+            if part:
+                return jax.tree.unflatten(out_tree, eval_equations(jaxpr, arrays))
             given = self._given(tree, places) if context == "entry" else None
             shardings = None if given is None else placements(given, told_shardings(fun, self._told, args, kwargs))
             real = given is not None and getattr(self._call, "run", True) and all(map(is_real, given))
@@ -305,9 +337,9 @@ class AutoLayout:
             if seen is not None:
                 seen((jaxpr, outcome, concrete, shardings))
             picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
-            return jax.tree.unflatten(out_trees[0], retrace(jaxpr, outcome.applied, picker)(*arrays))
+            return jax.tree.unflatten(out_tree, retrace(jaxpr, outcome.applied, picker)(*arrays))
 
-        return body
+        return fun if seen is None and self.options.policy == "off" else StandIn(body, self._source)
 
     def _picker_for(self, outcome: Outcome) -> Measured | None:
         """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
@@ -393,6 +425,13 @@ def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = Non
     return tuned._looked_at(args, kwargs, executor)[1]
 
 
+def _again(
+    fun: Callable[..., Any], told: dict[str, Any] | None, options: Options, pinned: Plan | None, jit: dict[str, Any]
+) -> AutoLayout:
+    """A function under `auto_layout` that has been pickled. `told`: what its jit was, where it was jitted already."""
+    return AutoLayout(fun if told is None else jax.jit(fun, **told), options, pinned, jit)
+
+
 class _CompileWith(Exception):
     """Leaves a trace that is under way in a jit with other compiler options."""
 
@@ -405,6 +444,8 @@ def _arrays(jaxpr: Any, args: Sequence[Any], shardings: Sequence[Any] | None) ->
     """A closed jaxpr's arguments as jit makes arrays of them."""
 
     def array(leaf: Any, aval: Any, sharding: Any) -> Any:
+        if not is_array(aval):
+            return leaf  # a reference
         made = leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
         return made if sharding in (None, made.sharding) else jax.device_put(made, sharding)
 

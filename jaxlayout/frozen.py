@@ -19,10 +19,12 @@ from jaxlayout._compat import (
     am_i_under_a_jit,
     consts_as_arguments,
     consts_of,
+    eval_equations,
+    is_array,
     surroundings,
-    unspecified_sharding,
 )
 from jaxlayout.accept import allowance
+from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.plan import Plan
@@ -34,7 +36,7 @@ from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.threads import Workers, device_of, is_real
-from jaxlayout.wrapped import NOT_NESTED, flat_function, jit_settings
+from jaxlayout.wrapped import NOT_NESTED, forget, jit_settings, program_of
 
 if TYPE_CHECKING:
     from jaxlayout.api import AutoLayout
@@ -95,6 +97,9 @@ class Frozen:
     def __repr__(self) -> str:
         return f"{self._layout!r}.freeze(...)"
 
+    def __reduce__(self) -> Any:
+        return Frozen, (self._layout, *jax.tree.unflatten(self._tree, self._leaves))  # prepared anew elsewhere
+
     def trace(self, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
         found, rest = self._found(args, kwargs)
@@ -130,6 +135,7 @@ class Frozen:
     def clear_cache(self) -> None:
         """Forget what was prepared and compiled. The plans stay in the table."""
         self._prepared.clear()
+        forget(self._layout._source)
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Prepared | None, list[Any]]:
         """What is prepared for such arguments, made if need be, and their leaves; None where nothing can be."""
@@ -145,6 +151,8 @@ class Frozen:
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
         whole = nested or any(isinstance(leaf, Tracer) for leaf in rest)
+        if whole:
+            known_elsewhere()
         kinds = [
             (type(leaf), leaf) if fixed else (jax.typeof(leaf), placement(leaf))
             for leaf, fixed in zip(leaves, static, strict=True)
@@ -165,20 +173,15 @@ class Frozen:
     ) -> _Prepared | None:
         """Trace the function, plan it, and compute what holds still. `whole`: convolutions are to stay convolutions.
         None where the function closes over values that are being traced."""
-        own_args, own_kwargs = jax.tree.unflatten(self._tree, self._leaves)
-        leaves, tree = jax.tree.flatten(((own_args, own_kwargs), (args, kwargs)))
-        own_static = self._marked("static", own_args, own_kwargs, 0, len(args))
-        static = (*own_static, *self._marked("static", args, kwargs, self._count))
+        full, named = self._joined(args, kwargs)
+        static = self._marked("static", full, named)
         places = [i for i, fixed in enumerate(static) if not fixed]
-        frozen = [i < len(own_static) for i in places]
-
-        def call(given: Any) -> Any:
-            (args, kwargs), (more, named) = given
-            return self._layout._fun(*args, *more, **kwargs, **named)
-
-        flat, out_trees = flat_function(call, leaves, tree, places)
-        arrays = [leaves[i] for i in places]
-        jaxpr = flattened(flat, arrays)
+        own = tuple(i < self._count for i in range(len(full))), {name: name in self._keywords for name in named}
+        held = jax.tree.leaves(jax.tree.broadcast(own, (full, named)))
+        frozen = [held[i] for i in places]
+        with self._layout._whole():
+            source, arrays, out_tree = program_of(self._layout._source, full, named, places)
+        jaxpr = flattened(lambda *flat: eval_equations(source, flat), arrays)
         if outer := list(consts_of(jaxpr)):
             if any(isinstance(const, Tracer) for const in outer):
                 return None
@@ -212,19 +215,20 @@ class Frozen:
 
         def prepare() -> tuple[jax.Array, ...]:
             own, _ = split.sides(arrays)
-            kept = split.prepare([x if isinstance(x, jax.Array) else jnp.asarray(x) for x in own])
+            is_made = [isinstance(x, jax.Array) or not is_array(jax.typeof(x)) for x in own]  # or a reference
+            kept = split.prepare([x if made else jnp.asarray(x) for x, made in zip(own, is_made, strict=True)])
             return tuple(_copied(x) if id(x) in closed_over else x for x in kept)
 
         def run(kept: Sequence[Any], *rest: Any) -> Any:
-            return jax.tree.unflatten(out_trees[0], split.run(*kept, *rest))
+            return jax.tree.unflatten(out_tree, split.run(*kept, *rest))
 
         run.__name__ = run.__qualname__ = getattr(self._layout._fun, "__name__", "function")
         wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
         told = {name: self._told[name] for name in wanted if name in self._told}
         if choose and outcome.plan.compiler_options:
             told["compiler_options"] = told.get("compiler_options", {}) | dict(outcome.plan.compiler_options)
-        donated = self._marked("donate", args, kwargs, self._count)
-        moving = (gone for gone, fixed in zip(donated, static[len(own_static) :], strict=True) if not fixed)
+        marks = (self._marked(what, args, kwargs, self._count) for what in ("donate", "static"))
+        moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
         seen = device_of(concrete or ()), context, frozen, shardings
         explanation = partial(self._layout._explained, program, outcome, *seen)
@@ -236,12 +240,10 @@ class Frozen:
         held, named = jax.tree.unflatten(self._tree, self._leaves)
         return (*held, *args), named | kwargs
 
-    def _marked(
-        self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: int, after: int = 0
-    ) -> tuple[bool, ...]:
+    def _marked(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: int = 0) -> tuple[bool, ...]:
         """Of each leaf of some arguments, whether the function's jit was told that the argument is static, or to be
-        donated. `before`, `after`: how many positional arguments stand before and after them."""
-        count = before + len(args) + after
+        donated. `before`: how many positional arguments stand before them."""
+        count = before + len(args)
         numbers = {n % max(1, count) if n < 0 else n for n in self._told[f"{what}_argnums"]}
         names = self._told[f"{what}_argnames"]
         marks = tuple(before + i in numbers for i in range(len(args))), {name: name in names for name in kwargs}
@@ -265,8 +267,7 @@ class Frozen:
         again += [positional[n] if n < len(positional) else f"number {n}" for n in numbers if n in range(self._count)]
         if again:
             raise ValueError(f"freeze: argument {again[0]} is donated; frozen, it is needed again in every call")
-        shardings = jax.tree.leaves(self._told["in_shardings"])
-        if any(s is not unspecified_sharding() for s in shardings):
+        if "in_shardings" in self._told:
             raise ValueError("freeze: of a function with in_shardings; put the arrays where they belong instead")
 
     def _refuse_again(self, count: int, kwargs: dict[str, Any]) -> None:

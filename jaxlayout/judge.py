@@ -99,7 +99,8 @@ class Judge:
             return compile_in(task.context, function, shapes, self.compiler_options), None
         split = Split.of(flattened(function, shapes, expand=task.context == "entry"), task.frozen)
         held, rest = split.sides(shapes)
-        kept = jax.eval_shape(split.prepare, held) if task.args is None else split.prepare(held)
+        unreal = task.args is None or task.not_to_be_run
+        kept = jax.eval_shape(split.prepare, held) if unreal else split.prepare(held)
         compiled = compile_in(task.context, split.run, (*kept, *rest), self.compiler_options)
         return replace(compiled, takes=tuple(i for i, held in enumerate(task.frozen) if not held)), split
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from jaxlayout._compat import open_jaxpr
+from jaxlayout._compat import is_array, open_jaxpr
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import identity, moves_data
@@ -114,14 +114,19 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def has_effects(jaxpr: Any) -> bool:
-    """Whether a program does more than give results: prints, calls back, writes to references."""
-    return bool(open_jaxpr(jaxpr).effects)
+    """Whether a program does more than give results: prints, calls back, is given references, which it may write to."""
+    inner = open_jaxpr(jaxpr)
+    return bool(inner.effects) or not all(is_array(v.aval) for v in inner.invars)
+
+
+def runs_host_code(jaxpr: Any) -> bool:
+    """Whether a program calls the user's Python when it runs: whatever that says of itself, it may count its calls."""
+    return any(eqn.primitive.name.endswith("callback") for eqn in equations(jaxpr))
 
 
 def needs_real_arguments(jaxpr: Any) -> bool:
-    """Whether made-up arguments may upset a program: a loop with a condition might not end, the user's Python
-    behind a callback might not expect them."""
-    return any(eqn.primitive.name in ("while", "pure_callback") for eqn in equations(jaxpr))
+    """Whether made-up arguments may upset a program: a loop with a condition might not end."""
+    return any(eqn.primitive.name == "while" for eqn in equations(jaxpr))
 
 
 def count_transposes(jaxpr: Any) -> int:

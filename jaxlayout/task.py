@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from jaxlayout._compat import open_jaxpr
+from jaxlayout._compat import is_array, open_jaxpr
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.measure import CompilerOptions
 from jaxlayout.graph.shards import spans_processes
 from jaxlayout.options import Options
-from jaxlayout.program import has_effects, needs_real_arguments
+from jaxlayout.program import has_effects, needs_real_arguments, runs_host_code
 from jaxlayout.progress import Progress
 
 
@@ -55,15 +55,22 @@ class Task:
             return self.args
         avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
         places = self.shardings or [None] * len(avals)
-        return [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s) for x, s in zip(avals, places, strict=True)]
+        return list(map(_shape, avals, places))
 
     @property
     def not_to_be_run(self) -> str:
         """Why the function must not be run on trial, if so."""
         if has_effects(self.jaxpr):
             return "it has side effects"
+        if runs_host_code(self.jaxpr):
+            return "it calls back into Python"
         if self.spans:
             return "it spans several processes"
         if self.args is None and needs_real_arguments(self.jaxpr):
-            return "made-up arguments could stop it from ending, or upset a callback"
+            return "made-up arguments could stop it from ending"
         return ""
+
+
+def _shape(aval: Any, sharding: Any) -> Any:
+    """What an argument of some type is compiled for; the type of a reference stands for itself."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) if is_array(aval) else aval

@@ -3,29 +3,74 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import jax
 from jax.experimental.layout import Format
 
-from jaxlayout._compat import jit_info, unspecified_sharding
+from jaxlayout._compat import jit_info, open_jaxpr, unspecified_sharding
 
 
-def flat_function(
-    call: Callable[[Any], Any], leaves: Sequence[Any], tree: Any, places: Sequence[int]
-) -> tuple[Callable[..., list[Any]], list[Any]]:
-    """`call`, which takes a tree, as a function from the leaves at some places to flat results; and a list that gets
-    the tree of the results when that is traced."""
-    out_trees: list[Any] = []
+def traced_once(fun: Callable[..., Any], told: Mapping[str, Any]) -> Any:
+    """`jax.jit` of a function, told which arguments are static and nothing else: to be traced, never to be run. JAX
+    keeps what it traces, so the function itself runs once for the same shapes, whoever asks."""
+    return jax.jit(fun, **{name: told[name] for name in _STATIC if name in told})
 
-    def flat(*dynamic: Any) -> list[Any]:
-        full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
-        outs, out_tree = jax.tree.flatten(call(jax.tree.unflatten(tree, full.values())))
-        out_trees.append(out_tree)
-        return outs
 
-    return flat, out_trees
+def take_after(other: Any, jitted: Any) -> None:
+    """Give something the names and the signature of the function that `jitted` was made of, as `jax.jit` does. Not its
+    attributes: one of them may hide a method."""
+    functools.update_wrapper(other, jitted, updated=())
+    with suppress(TypeError, ValueError):  # of what is not written in Python
+        other.__signature__ = inspect.signature(jitted)
+
+
+def forget(jitted: Any) -> None:
+    """Have JAX trace and compile it anew. An attribute of the function may hide the method."""
+    type(jitted).clear_cache(jitted)
+
+
+class StandIn:
+    """`run` in place of the function that `jitted` was made of: to all that JAX says, in errors, names of programs and
+    profiles, it is that function."""
+
+    def __init__(self, run: Callable[..., Any], jitted: Any):
+        take_after(self, jitted)
+        self._run = run
+        self._shown = inner = jitted.__wrapped__
+        while isinstance(inner, functools.partial):  # JAX looks for the source line under `__wrapped__`
+            inner = inner.func
+        self.__wrapped__ = inner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self._shown)
+
+
+def program_of(
+    jitted: Any, args: tuple[Any, ...], kwargs: dict[str, Any], places: Sequence[int]
+) -> tuple[Any, list[Any], Any]:
+    """What a `traced_once` function is for some arguments, of whose leaves those at `places` are not static: its closed
+    jaxpr, those leaves, and the tree of the results. Traced values that it closes over are constants of the jaxpr. What
+    JAX has to object to, it says of the user's own function."""
+    traced = type(jitted).trace(jitted, *args, **kwargs)  # an attribute of the function may hide it
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    arrays = [leaves[i] for i in places]
+    jaxpr = traced.jaxpr
+    if len(open_jaxpr(jaxpr).invars) > len(arrays):  # jit has made arguments of those, and does not say which they are
+
+        def call(*dynamic: Any) -> list[Any]:
+            full = dict(enumerate(leaves)) | dict(zip(places, dynamic, strict=True))
+            args, kwargs = jax.tree.unflatten(tree, full.values())
+            return jax.tree.leaves(jitted(*args, **kwargs))
+
+        jaxpr = jax.make_jaxpr(call)(*arrays)
+    return jaxpr, arrays, traced.out_tree
 
 
 def told_shardings(
@@ -36,9 +81,8 @@ def told_shardings(
     free = unspecified_sharding()
     if all(sharding is free for sharding in jax.tree.leaves(told.get("in_shardings", free))):
         return ()
-    names = ("in_shardings", "static_argnums", "static_argnames")
     nothing = functools.wraps(fun, updated=())(lambda *args, **kwargs: ())
-    probe = jax.jit(nothing, **{name: told[name] for name in names if name in told})
+    probe = jax.jit(nothing, **{name: told[name] for name in ("in_shardings", *_STATIC) if name in told})
     (eqn,) = jax.make_jaxpr(lambda: probe(*args, **kwargs))().eqns
     return [None if sharding is free else sharding for sharding in eqn.params["in_shardings"]]
 
@@ -58,14 +102,14 @@ def jit_settings(jitted: Any) -> dict[str, Any]:
     for place in ("in", "out"):
         shardings, layouts = getattr(info, f"{place}_shardings_leaves"), getattr(info, f"{place}_layouts_leaves")
         leaves = [s if at is None else Format(at, s) for at, s in zip(layouts, shardings, strict=True)]
+        if all(leaf is unspecified_sharding() for leaf in leaves):
+            continue
         settings[f"{place}_shardings"] = jax.tree.unflatten(getattr(info, f"{place}_shardings_treedef"), leaves)
     return settings
 
 
-_AS_THEY_ARE = (
-    *("static_argnums", "static_argnames", "donate_argnums", "donate_argnames"),
-    *("keep_unused", "inline", "device", "backend"),
-)
+_STATIC = ("static_argnums", "static_argnames")
+_AS_THEY_ARE = *_STATIC, "donate_argnums", "donate_argnames", "keep_unused", "inline", "device", "backend"
 NOT_NESTED = ("compiler_options", "device", "backend")
 """What jit refuses, or ignores, inside another jit."""
 _jitted = jax.jit(lambda: None)

@@ -936,21 +936,6 @@ def test_tuned_once_by_many_threads(forced, judged):
 # Effects
 
 
-def test_python_side_effects_happen_once_a_shape():
-    traced = []
-
-    def f(x):
-        traced.append(x.shape)
-        return conv(x, K)
-
-    for fun in (f, jax.jit(f)):
-        traced.clear()
-        tuned = auto_layout(fun)
-        for _ in range(2):
-            tuned(X), tuned(X[:1]), tuned(X)
-        assert traced == [X.shape, X[:1].shape]
-
-
 def test_effects_happen_as_often_and_in_order(judged):
     def program(log):
         def f(x):
@@ -987,7 +972,7 @@ def test_debug_prints_are_logical(judged, capfd):
     assert tuned.outcome(X).kept
 
 
-def test_host_code_never_sees_made_up_arguments(judged):
+def test_host_code_is_never_run_on_trial(judged):
     seen = []
 
     def host(x):
@@ -1000,10 +985,10 @@ def test_host_code_never_sees_made_up_arguments(judged):
     tuned = auto_layout(f)
     lowered = tuned.lower(X)
     assert seen == []
-    assert "callback" in tuned.outcome(jax.ShapeDtypeStruct(X.shape, X.dtype)).verdict.reason
+    assert "calls back" in tuned.outcome(jax.ShapeDtypeStruct(X.shape, X.dtype)).verdict.reason
     close(lowered.compile()(X), conv(X, K))
     tuned(X[:1])
-    assert all(np.array_equal(x, X[: len(x)]) for x in seen)
+    assert [x.shape for x in seen] == [X.shape, X[:1].shape]
 
 
 def test_a_loop_that_might_not_end_is_not_run_on_made_up_arguments(judged):

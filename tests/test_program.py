@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout.program import count_transposes, has_effects, needs_real_arguments, program_key
+from jaxlayout.program import count_transposes, has_effects, needs_real_arguments, program_key, runs_host_code
 
 ROOT = Path(__file__).parents[1]
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -138,6 +138,7 @@ def test_what_must_not_be_run():
     assert says(has_effects, jax.jit(lambda x: jax.debug.print("{}", x)))
     assert says(has_effects, lambda x: jax.experimental.io_callback(lambda x: x, X, x))
     assert not says(has_effects, callback) and not says(has_effects, loop)
+    assert has_effects(jax.make_jaxpr(lambda r, x: x)(jax.new_ref(jnp.ones(3)), X))
     for nested in (
         lambda f: f,
         jax.jit,
@@ -145,8 +146,8 @@ def test_what_must_not_be_run():
         lambda f: lambda x: lax.scan(lambda c, _: (f(c), 0), x, None, 2),
     ):
         assert says(needs_real_arguments, nested(loop))
-        assert says(needs_real_arguments, nested(callback))
-        assert not says(needs_real_arguments, nested(jnp.sin))
+        assert says(runs_host_code, nested(callback))
+        assert not says(needs_real_arguments, nested(jnp.sin)) and not says(runs_host_code, nested(loop))
 
 
 def test_transposes_that_move_data():

@@ -105,7 +105,7 @@ def _divided(chosen: Candidate, conv: ConvSignature, derived: bool) -> Candidate
     return Candidate(xla_for(conv), replace(chosen.dims, out=chosen.dims.lhs))
 
 
-def _rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any]:
+def rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any]:
     """Evaluate a jaxpr with every convolution bound as one derived from one with our parameters `ours`."""
 
     def bind(eqn: Any, operands: Sequence[Any]) -> Any:
@@ -123,7 +123,7 @@ def _transpose_lhs(ct: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
         plain = partial(conv_general_dilated_p.bind, **conv_params(params))
         return jax.linear_transpose(lambda x: plain(x, rhs), lhs.aval)(ct)[0]
 
-    return _rebind(jax.make_jaxpr(dgrad)(ct, rhs), params, (ct, rhs))[0]
+    return rebind(jax.make_jaxpr(dgrad)(ct, rhs), params, (ct, rhs))[0]
 
 
 def _transpose_rhs(ct: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
@@ -131,12 +131,12 @@ def _transpose_rhs(ct: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
         plain = partial(conv_general_dilated_p.bind, **conv_params(params))
         return jax.linear_transpose(lambda x: plain(lhs, x), rhs.aval)(ct)[0]
 
-    return _rebind(jax.make_jaxpr(wgrad)(ct, lhs), params, (ct, lhs))[0]
+    return rebind(jax.make_jaxpr(wgrad)(ct, lhs), params, (ct, lhs))[0]
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], **params: Any) -> Any:
     conv = jax.vmap(partial(conv_general_dilated_p.bind, **conv_params(params)), in_axes=tuple(dims))
-    return _rebind(jax.make_jaxpr(conv)(*args), params, args)[0], 0
+    return rebind(jax.make_jaxpr(conv)(*args), params, args)[0], 0
 
 
 tuned_conv_p.def_impl(partial(xla.apply_primitive, tuned_conv_p))
