@@ -1,4 +1,5 @@
-"""What `auto_layout` costs beside `jax.jit`: warm calls, the import, a start with the plan stored, and planning.
+"""What `auto_layout` costs beside `jax.jit`: warm calls, the import, a start with the plan stored, a process for what
+may crash, and planning.
 
     python -m bench.overhead
 
@@ -26,6 +27,7 @@ from bench.models import MODELS
 from bench.networks import restricted_plan
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import candidates
+from jaxlayout.costs import contained
 from jaxlayout.graph.build import build_graph
 
 BLOCKS, CALLS = 400, 200
@@ -65,6 +67,8 @@ def main() -> None:
             first, second, difference = compared(plain, tuned, args, named)
             print(f"{name + how:<34}{first:>12.2f}{second:>16.2f}{difference:>+15.2f}")
     print(f"import jaxlayout beyond import jax: {import_seconds() * 1e3:.0f} ms")
+    helpers = statistics.median(contained.start_seconds() for _ in range(STARTS))
+    print(f"a process for what may crash, where there is such a lowering: {helpers:.2f} s to start")
     plain, tuned = start_seconds("resnet50")
     print(f"start of ResNet-50, its plan stored: {plain:.2f} s with jit, {tuned:.2f} s with auto_layout")
     for depth in (100, 200, 400, 800):

@@ -98,6 +98,7 @@ def accept(
     least: float = 1.0,
     relax: float = 1.0,
     turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    first_run: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Verdict:
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
@@ -105,7 +106,7 @@ def accept(
     `accuracy`: how accurate each output can be.
     `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
     many times faster it has to be. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and
-    at no other time.
+    at no other time. `first_run`: entered for the first run of the rewritten function.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     seen: dict[str, Any] = {}
@@ -123,7 +124,8 @@ def accept(
         return Verdict(kept=True, cause="untried", reason="not run", **seen)
     expected, first = _timed(before, args)
     try:
-        found, second = _timed(after, args)
+        with first_run():
+            found, second = _timed(after, args)
     except Exception as error:
         return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **seen)
     compared = compare(before, args, expected, found, accuracy, relax)

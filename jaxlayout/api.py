@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,10 +35,11 @@ from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
 from jaxlayout.derived import Measured
+from jaxlayout.first import FirstRun
 from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import of_arguments, placement, placements, spans_processes
-from jaxlayout.line import cost_model, decide
+from jaxlayout.line import cost_model, decide, proofs_of
 from jaxlayout.nesting import inside, within
 from jaxlayout.options import Options
 from jaxlayout.outcome import Outcome, postponed, untouched
@@ -57,6 +59,8 @@ from jaxlayout.wrapped import (
     told_shardings,
     traced_once,
 )
+
+logger = logging.getLogger("jaxlayout")
 
 _JIT_KEYWORDS = tuple(inspect.signature(jax.jit).parameters)[1:]
 _OPTIONS = tuple(field.name for field in fields(Options))
@@ -132,11 +136,18 @@ class AutoLayout:
         if not at_top_level():
             known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
-        self._call.arguments = args, kwargs  # for the body, which runs only where the shapes are new
+        call = self._call
+        call.arguments, call.first = (args, kwargs), None  # for the body, which runs only where the shapes are new
         try:
-            return self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
+            out = self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
+            if call.first is not None:
+                jax.block_until_ready(out)
+                call.first.returned()
+            return out
         finally:
-            self._call.arguments = None
+            call.arguments = None
+            if call.first is not None:
+                call.first.over()
 
     def _is_part(self) -> bool:
         """Whether the call is part of something that is being tuned as a whole: then the convolutions are that one's.
@@ -334,6 +345,8 @@ class AutoLayout:
                 outcome = postponed(self._name, late)
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
+            if decides or seen is not None:
+                outcome = self._not_fatal(jaxpr, outcome, runs=seen is None and getattr(self._call, "run", True))
             if seen is not None:
                 seen((jaxpr, outcome, concrete, shardings))
             picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
@@ -345,6 +358,21 @@ class AutoLayout:
         """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
         left = self.options.policy != "auto" and outcome.source == "none"
         return None if left else self._picker
+
+    def _not_fatal(self, jaxpr: Any, outcome: Outcome, runs: bool) -> Outcome:
+        """An outcome, but for a program with what may crash that took a process down. `runs`: as soon as it is
+        compiled."""
+        told, chosen = self._told.get("compiler_options"), outcome.applied
+        first = FirstRun.of(jaxpr, chosen, lambda: proofs_of(self.options, told, chosen.compiler_options))
+        if first is None:
+            return outcome
+        if died := first.died():
+            logger.warning("%s stays as it is: %s", self._name, died)
+            return untouched(died, "failure")
+        if runs:
+            first.begin()
+            self._call.first = first
+        return outcome
 
     def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ import jax
 from jaxlayout._compat import eval_equations
 from jaxlayout.accept import Verdict, accept, draws, liveliest
 from jaxlayout.accuracy import accuracies
+from jaxlayout.costs.marker import Marker
 from jaxlayout.costs.measure import Compiled, CompilerOptions, compile_in
 from jaxlayout.costs.turns import Turns
 from jaxlayout.graph.plan import Plan
@@ -26,14 +27,14 @@ from jaxlayout.threads import Workers
 class Judge:
     """Compiles and runs the original of a task once, and each program that it is held against."""
 
-    def __init__(self, task: Task, compiler_options: CompilerOptions, turns: Turns):
+    def __init__(self, task: Task, compiler_options: CompilerOptions, turns: Turns, marker: Marker):
         """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
-        stands in line to time."""
-        self.task, self.compiler_options, self.turns = task, compiler_options, turns
+        stands in line to time. `marker`: is there while a program under a plan is tried for the first time."""
+        self.task, self.compiler_options, self.turns, self.marker = task, compiler_options, turns, marker
 
     def under(self, compiler_options: CompilerOptions) -> Judge:
         """The same with other compiler options."""
-        other = Judge(self.task, compiler_options, self.turns)
+        other = Judge(self.task, compiler_options, self.turns, self.marker)
         other.original, other.trial_arguments = self.original, self.trial_arguments
         return other
 
@@ -59,7 +60,9 @@ class Judge:
             return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
         trial = None if unfit else self.trial_arguments
         if split is not None and trial is not None:
-            after = replace(after, first=(*after.first, *split.prepare(split.sides(trial)[0])))
+            with self.marker.on("preparing what depends on frozen arguments alone"):
+                prepared = jax.block_until_ready(split.prepare(split.sides(trial)[0]))
+            after = replace(after, first=(*after.first, *prepared))
         verdict = accept(
             before,
             after,
@@ -70,6 +73,7 @@ class Judge:
             least=least,
             relax=task.options.relax,
             turn=self.turns.timing,
+            first_run=partial(self.marker.on, "run for the first time"),
         )
         return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
 
@@ -94,6 +98,10 @@ class Judge:
     def _rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
         """The program under a plan, compiled; where arguments are frozen the part that each call runs, which wants
         what the other part prepares before its arguments."""
+        with self.marker.on("compiled"):
+            return self._compiled(plan)
+
+    def _compiled(self, plan: Plan) -> tuple[Compiled, Split | None]:
         task, function, shapes = self.task, retrace(self.task.jaxpr, plan), self.task.shapes
         if not any(task.frozen):
             return compile_in(task.context, function, shapes, self.compiler_options), None

@@ -23,11 +23,13 @@ from jaxlayout._compat import open_jaxpr
 from jaxlayout.accept import Verdict, allowance
 from jaxlayout.budget import process_budget
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import lowerings, prepared_growth
+from jaxlayout.convs.lowering import lowerings, may_crash, prepared_growth
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
+from jaxlayout.costs.contained import Proofs, check_runs, never
 from jaxlayout.costs.environment import LOWERED, Environment, current_environment, options_set
-from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
+from jaxlayout.costs.marker import Marker
+from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, candidate_id, measure
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.model import CostModel
 from jaxlayout.costs.remote import Request, measure_elsewhere
@@ -106,6 +108,7 @@ def decide(
     for too long; whatever else goes wrong leaves the program as it is, with the reason. Under the policy
     'channels_last' nothing is measured, judged, or asked of the table; 'off' wins over a pinned plan.
     """
+    progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     if options.policy == "off":
         return untouched("it is switched off: policy 'off'")
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
@@ -113,11 +116,11 @@ def decide(
     if pinned is not None:
         check_fit(jaxpr, pinned)
         _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
+        check_runs(jaxpr, pinned, lambda: proofs_of(options, compiler_options, pinned.compiler_options, stop))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
         return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=written is not None)
     if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
         return untouched("it has no convolution")
-    progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     try:
         if options.policy == "channels_last":
             return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
@@ -127,6 +130,11 @@ def decide(
         line = _Line(Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop))
         if (stored := line.stored()) is not None:
             return stored
+        if died := line.marker.left():
+            outcome = untouched(f"{died}: it is not tried again", "failure")
+            line.store(outcome)
+            line.marker.clear()
+            return outcome
         outcome = line.run()
         if outcome.source == "stored":
             return outcome
@@ -173,6 +181,16 @@ def cost_model(options: Options, device: Any, context: Context, compiler_options
     return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
 
 
+def proofs_of(
+    options: Options, told: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
+) -> Proofs:
+    """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
+    compiler_options = {**(told or {}), **extra} or None
+    path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
+    table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
+    return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)
+
+
 def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
     return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
 
@@ -189,10 +207,6 @@ class _Line:
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
         self.spender = process_budget.spender()
         self.turns = Turns(self.options.lock_timeout, self.stop, waiting=self.spender.waiting)
-        if without is None:
-            self.judging = Judge(task, task.told, self.turns)
-        else:
-            self.judging = without.judging.under(self.compiler_options)
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
@@ -208,6 +222,11 @@ class _Line:
         lowered = options_set(LOWERED)
         self.plans = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
+        self.marker = Marker.of(self.table.asked, self.plans, self.key.function)
+        if without is None:
+            self.judging = Judge(task, task.told, self.turns, self.marker)
+        else:
+            self.judging = without.judging.under(self.compiler_options)
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
@@ -223,6 +242,7 @@ class _Line:
             if fit:
                 check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
                 _check_options(outcome.plan, self.option_sets)
+                check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
             return outcome
         except (ValueError, RecursionError) as error:
             logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
@@ -232,6 +252,15 @@ class _Line:
     def option_sets(self) -> Sequence[Mapping[str, str]]:
         """The compiler options that a plan may ask for here."""
         return OPTION_SETS.get(self.device.platform, ()) if self.task.choose_options else ()
+
+    def proofs_under(self, extra: Mapping[str, str]) -> Proofs:
+        """`proofs_of`, under compiler options beside those told."""
+        return proofs_of(self.options, self.task.told, extra, self.stop)
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """Of what this line plans."""
+        return self.proofs_under(self.extra)
 
     @property
     def place(self) -> tuple[Any, ...]:
@@ -268,10 +297,15 @@ class _Line:
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             ways = self.model.candidates(conv, written, relaxed=self.options.relaxed)
-            return [way for way in ways if way == written or self.worth(conv, way, wanted)]
+            ways = [way for way in ways if way == written or self.worth(conv, way, wanted)]
+            return [way for way in ways if way == written or self.offers(way.lowering)]
 
         still = _still(self.jaxpr, self.frozen)
         return build_graph(self.jaxpr, enumerate_candidates, self.context, still, self.divided)
+
+    def offers(self, lowering: str) -> bool:
+        """Whether it can be seen first that forms of a lowering run, where that has to be."""
+        return not may_crash(lowering) or self.proofs.offers(lowering)
 
     def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
@@ -336,6 +370,10 @@ class _Line:
             return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
 
         plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
+        try:
+            check_runs(self.jaxpr, plan, lambda: line.proofs)
+        except ValueError:
+            return best
         same = replace(best, plan=plan, verdict=line.judge(plan, WORTHWHILE * gain(best)))
         return max(same, line.run(), key=gain) if same.kept else best
 
@@ -348,9 +386,23 @@ class _Line:
             plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
             plan = replace(plan, compiler_options=self.extra)
             done = self.measure("conversions", self.model.missing_conversions(plan))
-            if not done:
+            if not done and not self.ruled_out(graph, plan):
                 return plan, measured
             measured += done
+
+    def ruled_out(self, graph: LayoutGraph, plan: Plan) -> int:
+        """How many forms of a plan may not run here, by what has been entered into the table by now: they may have been
+        measured elsewhere."""
+        count = 0
+        for node in graph.sites:
+            mode = plan.choices.get(node.path, node.modes[0])
+            conv, way = node.conv, mode.candidate
+            if conv is None or way is None or mode == node.modes[0] or not may_crash(way.lowering):
+                continue
+            if (found := self.proofs(conv, way)).status != "ok":
+                self.model.record(conv.key, {candidate_id(way): found})
+                count += 1
+        return count
 
     def measure(self, what: str, jobs: Sequence[Job]) -> int:
         """Time jobs into the table, inside the budget. Gives how many were."""
@@ -370,6 +422,7 @@ class _Line:
                 memory_bytes=available_memory(self.device),
                 relax=self.options.relax,
                 compiler_options=self.compiler_options,
+                prove=self.proofs,
                 peaks=self.model.peaks(self.device, self.compiler_options),
                 turns=self.turns,
                 known=self.model.learned,

@@ -31,6 +31,7 @@ def look_around(seconds: float, table: str) -> Iterator[Finding]:
     yield from machine(environment)
     yield padding()
     yield threads(environment["cores"], os.environ)
+    yield helper_process()
     if seconds > 0:
         yield noise(seconds)
 
@@ -197,6 +198,19 @@ def threads(cores: int, environ: Mapping[str, str]) -> Finding:
     other = sorted(name for name in environ if name.startswith("OMP_"))
     advice = f"{', '.join(other)}: XLA's own threads do not heed that." if other else ""
     return Finding("threads", "note" if other else "ok", f"XLA:CPU uses all {cores} cores", advice)
+
+
+def helper_process() -> Finding:
+    """Whether what may crash can be run in a process of its own first."""
+    from jaxlayout.costs.contained import NoHelper, start_seconds
+
+    try:
+        seconds = start_seconds()
+    except NoHelper as error:
+        words = f"what may crash cannot be run in a process of its own: {error}"
+        return Finding("helper", "warning", words, "Lowerings that may crash are not offered.")
+    words = f"what may crash is run in a process of its own first, which starts in {seconds:.1f} s"
+    return Finding("helper", "ok", words)
 
 
 def physical_cores() -> int | None:

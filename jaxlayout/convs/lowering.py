@@ -8,11 +8,13 @@ A composite goes by its own name and that of the lowering of its smaller convolu
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache, lru_cache
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import jax
@@ -50,6 +52,9 @@ class Lowering(ABC):
     relaxed: ClassVar[bool] = False
     """Whether it may be less accurate than XLA's own convolution, or spread a NaN farther: offered only under
     `numerics='relaxed'`."""
+    may_crash: ClassVar[bool] = False
+    """Whether it runs what may take the process down, hang it or read past its buffers (a library's kernel, one's own).
+    Each form of it is run in a process of its own first, which has to be able to import its class by name."""
 
     @abstractmethod
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
@@ -178,6 +183,8 @@ def register_lowering(lowering: Lowering) -> Lowering:
         raise ValueError(f"a lowering named {lowering.name!r} is registered already")
     if not lowering.name.isidentifier():
         raise ValueError(f"a lowering's name is an identifier, not {lowering.name!r}")
+    if lowering.may_crash and (why := not_importable(type(lowering))):
+        raise ValueError(f"lowering {lowering.name!r} may crash, so another process runs it first, but {why}")
     _registry[lowering.name] = lowering
     return lowering
 
@@ -231,6 +238,23 @@ def rereads(name: str) -> bool:
 def in_turn(name: str) -> bool:
     """Whether a lowering, or one inside it, takes images one after the other."""
     return any(lowering_named(part).in_turn for part in name.split("/"))
+
+
+def may_crash(name: str) -> bool:
+    """Whether a lowering, or one inside it, has to be run in a process of its own first."""
+    return any(lowering_named(part).may_crash for part in name.split("/"))
+
+
+def not_importable(cls: type) -> str:
+    """Why another process cannot import a class by its name; '' if it can, as far as that is seen here."""
+    name = f"{cls.__module__}.{cls.__qualname__}"
+    if cls.__module__ in ("__main__", "__mp_main__"):
+        return f"{name} cannot be imported there: put it into a module"
+    try:
+        found = attrgetter(cls.__qualname__)(sys.modules[cls.__module__])
+    except (AttributeError, KeyError):
+        found = None
+    return "" if found is cls else f"{name} cannot be imported there: put it at the top level of a module"
 
 
 def versioned(name: str) -> str:

@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes
 
 from jaxlayout._compat import divides, eval_equations
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, in_turn, lowering_named, xla_for
+from jaxlayout.convs.lowering import evaluate, in_turn, lowering_named, may_crash, xla_for
 from jaxlayout.convs.signature import ConvSignature, written_order
 
 tuned_conv_p = Primitive("tuned_conv")
@@ -72,8 +72,9 @@ def is_explicit(aval: Any) -> bool:
 
 def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
     """The lowering for a convolution derived from one computed by `name`, if nobody chooses: the same where it is
-    native in the order the derived one has, else XLA's own."""
-    return name if lowering_named(name).native(conv, written_order(params)) else "xla"
+    native in the order the derived one has and nobody has to see first whether it runs, else XLA's own."""
+    native = lowering_named(name).native(conv, written_order(params))
+    return name if native and not may_crash(name) else "xla"
 
 
 def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None, derived: bool, **params: Any) -> Any:
@@ -99,8 +100,9 @@ def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None
 
 def _divided(chosen: Candidate, conv: ConvSignature, derived: bool) -> Candidate:
     """What is computed in place of a candidate where XLA divides arrays among devices: itself, if that gives the right
-    numbers. `derived`: nobody has seen it there before, so it does not take images in turn either."""
-    if lowering_named(chosen.lowering).divisible(conv, chosen.dims) and not (derived and in_turn(chosen.lowering)):
+    numbers. `derived`: nobody has seen it there before, so it neither takes images in turn nor may crash."""
+    unseen = derived and (in_turn(chosen.lowering) or may_crash(chosen.lowering))
+    if lowering_named(chosen.lowering).divisible(conv, chosen.dims) and not unseen:
         return chosen
     return Candidate(xla_for(conv), replace(chosen.dims, out=chosen.dims.lhs))
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
@@ -91,6 +92,19 @@ class ConvSignature:
             f"groups={self.feature_groups},{self.batch_groups} precision={self.precision} "
             f"to={self.preferred_element_type} in={self.context}"
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data. ValueError for a precision that has no name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found |= {name: None if found[name] is None else str(found[name]) for name in _DTYPES}
+        return found | {"precision": _precision_names(self.precision)}
+
+    @classmethod
+    def from_json(cls, data: Any) -> ConvSignature:
+        """The inverse of `to_json`, for data that it made."""
+        given = {name: _tuples(value) for name, value in data.items()}
+        given |= {name: None if data[name] is None else jnp.dtype(data[name]) for name in _DTYPES}
+        return cls(**given | {"precision": _precision_named(data["precision"])})
 
     @property
     def rank(self) -> int:
@@ -244,6 +258,25 @@ class ConvSignature:
         names = ConvLayout.channels_last(self.rank).spatial
         sizes |= dict(zip(names, spatial, strict=True))
         return tuple(sizes[a] for a in axes)
+
+
+_DTYPES = ("lhs_dtype", "rhs_dtype", "preferred_element_type")
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def _precision_names(precision: Any) -> Any:
+    if isinstance(precision, tuple):
+        return list(map(_precision_names, precision))
+    if precision is not None and not isinstance(precision, lax.Precision):
+        raise ValueError(f"a precision without a name: {precision!r}")
+    return None if precision is None else precision.name
+
+
+def _precision_named(names: Any) -> Any:
+    return tuple(map(_precision_named, names)) if isinstance(names, list) else names and lax.Precision[names]
 
 
 def written_order(params: Mapping[str, Any]) -> ConvDimensionNumbers:

@@ -5,5 +5,7 @@
 - `table`: the records and plans of all processes of this user, in one SQLite file.
 - `sqlite`: that file.
 - `contents`: what is in it, counted by environment.
+- `contained`: what may crash is run in a process of its own first, the `helper`.
+- `marker`: what a process was at when it went.
 - `lock`: one process of a machine times at a time.
 """

@@ -148,6 +148,11 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
     return environment
 
 
+def settings() -> dict[str, Any]:
+    """JAX's options that change numbers or compiled code, as this thread sees them."""
+    return {name: value for name, value in options_set(CONFIG).items() if value is not None}
+
+
 def _pairs(mapping: Mapping[str, object]) -> Pairs:
     """Sorted pairs of strings; entries that are None or "" are left out."""
     return tuple((str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, ""))

@@ -12,7 +12,7 @@ import logging
 import re
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,11 +24,11 @@ import numpy as np
 from jax import lax
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, lowering_named, versioned
+from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, versioned
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.limits import memory_left
-from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.measurement import Measurement, failed
 from jaxlayout.costs.peaks import Peaks
 from jaxlayout.costs.turns import NoTurn, Turns
 from jaxlayout.graph.build import Mode, Work
@@ -68,6 +68,8 @@ MIN_SAMPLE_NS = 200_000
 
 CompilerOptions = dict[str, Any] | None
 """As `jax.jit` takes them."""
+Prove = Callable[[ConvSignature, Candidate], Measurement]
+"""What came of a form that may crash in a process of its own; where that is "ok" it may run here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Job:
     """Those of an alternative, where what it does is known. What has been measured in them stands for any other."""
     work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
     """The least that an alternative does: multiply-adds in float32, and bytes."""
+    form: Callable[[str], tuple[ConvSignature, Candidate] | None] = lambda name: None
+    """Of an alternative that may crash, what has to be seen to run elsewhere before it is compiled here."""
     make: Callable[[], Job] | None = None
     """Makes the same job in another process; None where that cannot be."""
 
@@ -153,6 +157,7 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
         conv.context,
         lambda name: dims[name],
         work,
+        lambda name: (conv, named[name]) if may_crash(named[name].lowering) else None,
         partial(conv_job, conv, ways),
     )
 
@@ -285,13 +290,15 @@ def measure(
     peaks: Peaks | None = None,
     turns: Turns | None = None,
     known: Callable[[Job], bool] = lambda job: False,
+    prove: Prove | None = None,
 ) -> Generator[tuple[Job, dict[str, Measurement]]]:
     """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
 
     Takes about a tenth of a second to compile an alternative and half a second to time one that stays in the
     race. `memory_bytes`: a candidate with more temporary memory is not run. `relax`: multiplies the error allowed.
     `peaks`: the machine's; without, all are compiled. `turns`: how it stands in line to time; what is given is given in
-    its turn. `known`: whether somebody else has measured a job by now: there are no records of that. Raises NoTurn.
+    its turn. `known`: whether somebody else has measured a job by now: there are no records of that. `prove`: asked of
+    what may crash; without, none of it is run. Raises NoTurn.
     """
     turns = turns or Turns()
     with Workers(2) as pool:
@@ -300,7 +307,7 @@ def measure(
             left = [job for job in chunk if not known(job)]
             trials = {job.key: _Trials(job, device, memory_bytes, relax, peaks, turns) for job in left}
             for wave in (_Trials.firsts, _Trials.left):
-                under_way = [(t, t.compile(wave(t), pool, compiler_options)) for t in trials.values()]
+                under_way = [(t, t.compile(t.proved(wave(t), prove), pool, compiler_options)) for t in trials.values()]
                 for _, futures in under_way:
                     wait(futures.values())
                 for t, futures in under_way:
@@ -336,6 +343,17 @@ class _Trials:
         if key not in self.on_device:
             self.on_device[key] = jax.device_put(amid_nans(array), self.device)
         return self.on_device[key]
+
+    def proved(self, names: Iterable[str], prove: Prove | None) -> Iterator[str]:
+        """Those alternatives that may run here."""
+        for name in names:
+            if (form := self.job.form(name)) is not None:
+                self.turns.pause()
+                found = prove(*form) if prove else failed("failed", "it may crash, and nobody tries it first")
+                if found.status != "ok":
+                    self.known[name] = found
+                    continue
+            yield name
 
     def compile(self, names: Iterable[str], pool: Executor, options: CompilerOptions) -> dict[str, Future[_Trial]]:
         """Start compiling some alternatives."""

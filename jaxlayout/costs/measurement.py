@@ -89,4 +89,18 @@ class Measurement:
         return measurement
 
 
+def failed(status: Status, detail: str, error: float | None = None) -> Measurement:
+    """The record of what was not timed."""
+    return Measurement(
+        status=status,
+        median_ns=None,
+        spread_ns=None,
+        runs=0,
+        error=error,
+        temp_bytes=None,
+        program="",
+        detail=detail,
+    )
+
+
 NAMES = frozenset(field.name for field in dataclasses.fields(Measurement))

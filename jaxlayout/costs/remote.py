@@ -14,14 +14,19 @@ from typing import Any
 
 import jax
 
+from jaxlayout.costs.contained import Proofs
 from jaxlayout.costs.environment import Environment, current_environment
 from jaxlayout.costs.measure import CompilerOptions, Job, available_memory, measure
 from jaxlayout.costs.measurement import Measurement
+from jaxlayout.costs.table import CostTable
 from jaxlayout.settings import for_tuning, under
 
 logger = logging.getLogger("jaxlayout")
 
 Records = dict[str, Measurement]
+
+_proofs = CostTable(":memory:")
+"""What has been seen to run in a process of its own on the machine of this worker."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +55,7 @@ class Request:
                 memory_bytes=available_memory(device),
                 relax=self.relax,
                 compiler_options=self.compiler_options,
+                prove=Proofs.of(_proofs, device, self.compiler_options, self.relax),
             )
         return Reply(worker, found, "", time.monotonic() - start)
 

@@ -106,7 +106,7 @@ class CostTable:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, timeout: float = 5.0):
         self._in_memory = path == ":memory:"  # also once the file has proved to be out of reach
         path = pathlib.Path(default_path() if path is None else path)
-        self._asked = self.path = path if self._in_memory else path.absolute()
+        self.asked = self.path = path if self._in_memory else path.absolute()
         self._timeout = self._patience = timeout
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
@@ -374,9 +374,9 @@ class CostTable:
         """
         if self._in_memory:
             return
-        self.path = sqlite.file_at(self._asked)
-        if self.path != self._asked:
-            logger.info("%s is of another schema, or was: records are in %s", self._asked, self.path)
+        self.path = sqlite.file_at(self.asked)
+        if self.path != self.asked:
+            logger.info("%s is of another schema, or was: records are in %s", self.asked, self.path)
         # Looked at before it is opened: if it is replaced in between, the next call opens it again.
         self._file = sqlite.identity(self.path)
         try:
@@ -404,7 +404,7 @@ class CostTable:
         with file_lock(self._lock_path, REPAIR_SECONDS, what="repairing the cost table"):
             if self._file != sqlite.identity(self.path):
                 return  # another process was quicker
-            if self.path != sqlite.file_at(self._asked):
+            if self.path != sqlite.file_at(self.asked):
                 return  # a process of another schema has just made this file, and it is not damaged
             try:
                 aside = sqlite.rename(self.path)

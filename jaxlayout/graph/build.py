@@ -18,7 +18,7 @@ from jax.extend.core import Literal as LiteralAtom
 
 from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import in_turn, lowering_named, xla_for
+from jaxlayout.convs.lowering import in_turn, lowering_named, may_crash, xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
 from jaxlayout.graph import shards
@@ -351,7 +351,8 @@ class _Builder:
             if conv == full:
                 return True
             # The program holds the whole convolution, whatever a device has of it.
-            return (way.lowering == xla_for(full) or lowering.native(full, way.dims)) and not in_turn(way.lowering)
+            native = way.lowering == xla_for(full) or lowering.native(full, way.dims)
+            return native and not in_turn(way.lowering) and not may_crash(way.lowering)
 
         ways = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
         modes = [
