@@ -19,7 +19,7 @@ import numpy as np
 from jaxlayout.accuracy import Accuracy
 from jaxlayout.checked import flag, integer, number, one_of, optional, shown, text
 from jaxlayout.costs.measure import WARM_NS, Compiled
-from jaxlayout.memory import amid_nans, soiled_memory
+from jaxlayout.memory import amid, soiled_memory
 from jaxlayout.race import race
 
 HOPELESS = 5.0
@@ -277,7 +277,7 @@ def _again(original: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Seque
 
     def elsewhere(x: Any) -> Any:
         plain = jnp.issubdtype(x.dtype, np.number)
-        return jax.device_put(amid_nans(np.asarray(x)), x.sharding) if plain else x
+        return jax.device_put(amid(np.asarray(x)), x.sharding) if plain else x
 
     moved = list(map(elsewhere, args))
     with soiled_memory():

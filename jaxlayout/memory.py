@@ -18,7 +18,9 @@ _SEEN, _PAGES = 2**26, 8
 """Bytes of a large array, and how many pages of it are looked at, one in each eighth: also where a page is large."""
 
 _AROUND, _ALIGNED = 2**16, 64
-"""Bytes of NaN before and after an array; what XLA:CPU aligns arrays to."""
+"""Bytes before and after an array that are ours to fill; what XLA:CPU aligns arrays to."""
+NANS = 0xFF
+"""Bytes of a NaN in every floating-point format, and of -1."""
 
 
 def keep_freed_memory() -> bool:
@@ -111,10 +113,10 @@ def soiled_memory() -> Iterator[None]:
         mallopt(_M_PERTURB, 0)
 
 
-def amid_nans(array: np.ndarray) -> np.ndarray:
-    """A copy with NaN, of any format, before and after it, so aligned that XLA:CPU reads it where it lies: what reads
-    past an array is right by luck where it finds zeros."""
-    held = np.full(array.nbytes + 2 * _AROUND + _ALIGNED, 0xFF, np.uint8)
+def amid(array: np.ndarray, fill: int = NANS) -> np.ndarray:
+    """A copy with some byte before and after it, so aligned that XLA:CPU reads it where it lies: what reads past an
+    array is right by luck where it finds zeros."""
+    held = np.full(array.nbytes + 2 * _AROUND + _ALIGNED, fill, np.uint8)
     start = _AROUND + -(held.ctypes.data + _AROUND) % _ALIGNED
     copy = held[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
     copy[...] = array

@@ -28,12 +28,12 @@ from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, versio
 from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.costs.limits import memory_left
-from jaxlayout.costs.measurement import Measurement, failed
+from jaxlayout.costs.measurement import Measurement, Status, failed
 from jaxlayout.costs.peaks import Peaks
 from jaxlayout.costs.turns import NoTurn, Turns
 from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
-from jaxlayout.memory import amid_nans, soiled_memory
+from jaxlayout.memory import amid, soiled_memory
 from jaxlayout.threads import Workers, default_device
 from jaxlayout.timing import lasting
 
@@ -247,6 +247,10 @@ class _Trial:
     status: Any = "ok"
     detail: str = ""
 
+    def failed(self, status: Status, detail: str) -> Measurement:
+        """The record of it where it does not get to be timed."""
+        return failed(status, detail, error=self.error, temp_bytes=self.temp_bytes, program=self.program)
+
     def warm_up(self) -> Any:
         start = time.perf_counter_ns()
         out = jax.block_until_ready(self.run())
@@ -341,7 +345,7 @@ class _Trials:
     def _put(self, place: int, array: np.ndarray) -> Any:
         key = place, array.shape, array.strides
         if key not in self.on_device:
-            self.on_device[key] = jax.device_put(amid_nans(array), self.device)
+            self.on_device[key] = jax.device_put(amid(array), self.device)
         return self.on_device[key]
 
     def proved(self, names: Iterable[str], prove: Prove | None) -> Iterator[str]:
@@ -374,7 +378,7 @@ class _Trials:
                 trial = future.result()
                 if self.memory_bytes is not None and (trial.temp_bytes or 0) > self.memory_bytes:
                     needs = f"needs {trial.temp_bytes} bytes of temporary memory, {self.memory_bytes} are allowed"
-                    self.known[name] = _failure("memory", needs, trial)
+                    self.known[name] = trial.failed("memory", needs)
                     continue
                 if trial.program in self.programs:
                     self.same[name] = self.programs[trial.program]
@@ -388,13 +392,13 @@ class _Trials:
             except NoTurn:
                 raise
             except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
-                self.known[name] = _failure("failed", repr(error), trial)
+                self.known[name] = (trial.failed if trial else failed)("failed", repr(error))
                 continue
             if name == next(iter(self.job.alternatives)) and trial.error is not None:
                 self.allowed = self.relax * self.job.bound(trial.error)
             self.programs[trial.program] = name
             if wrong := self.wrong(trial):
-                self.known[name] = _failure("wrong", wrong, trial)
+                self.known[name] = trial.failed("wrong", wrong)
             else:
                 self.running[name] = trial
 
@@ -426,12 +430,12 @@ class _Trials:
             return left
         with self.turns.timing():
             self.peaks.look()
-        seen = {self.job.orders(name): trial.first() for name, trial in self.running.items()}
+            seen = {self.job.orders(name): trial.first() for name, trial in self.running.items()}
         for name in left:
             least, best = self.peaks.least_ns(*self.job.work(name)), seen.get(self.job.orders(name), np.inf)
             if best < MARGIN * least:
                 why = f"takes {least / 1e6:.3g} ms at least, another in the same orders {best / 1e6:.3g}"
-                self.known[name] = _failure("pruned", why)
+                self.known[name] = failed("pruned", why)
         return [name for name in left if name not in self.known]
 
     def records(self) -> dict[str, Measurement]:
@@ -518,19 +522,6 @@ def program_hash(compiled: Any) -> str:
     text = re.sub(r"(?m)^(HloModule|ENTRY) [^,\s]+", "", text)
     text = re.sub(r"(?ms)^FileNames$.*?(?=^(?:ENTRY|%))", "", text)
     return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
-
-
-def _failure(status: Any, detail: str, trial: _Trial | None = None) -> Measurement:
-    return Measurement(
-        status=status,
-        median_ns=None,
-        spread_ns=None,
-        runs=0,
-        error=trial and trial.error,
-        temp_bytes=trial and trial.temp_bytes,
-        program=trial.program if trial else "",
-        detail=detail,
-    )
 
 
 def available_memory(device: Any) -> int | None:

@@ -89,7 +89,9 @@ class Measurement:
         return measurement
 
 
-def failed(status: Status, detail: str, error: float | None = None) -> Measurement:
+def failed(
+    status: Status, detail: str, *, error: float | None = None, temp_bytes: int | None = None, program: str = ""
+) -> Measurement:
     """The record of what was not timed."""
     return Measurement(
         status=status,
@@ -97,8 +99,8 @@ def failed(status: Status, detail: str, error: float | None = None) -> Measureme
         spread_ns=None,
         runs=0,
         error=error,
-        temp_bytes=None,
-        program="",
+        temp_bytes=temp_bytes,
+        program=program,
         detail=detail,
     )
 
