@@ -51,7 +51,7 @@ def costs(monkeypatch):
     function runs wherever its numbers agree. Gives the keys of the jobs that were asked for."""
     asked = []
 
-    def measure(jobs, known, **_):
+    def measure(jobs, known=lambda job: False, **_):
         for job in jobs:
             if known(job):
                 yield job, {}
