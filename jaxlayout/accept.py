@@ -64,7 +64,7 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
-        return asdict(self)
+        return asdict(self) | {"noise": list(self.noise)}
 
     @classmethod
     def from_json(cls, data: Any) -> Verdict:

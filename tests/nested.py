@@ -5,6 +5,7 @@ Each composition prints its name when its values have been held against those of
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -126,19 +127,23 @@ class Threaded(Shifted):
         return super().apply(conv, dims, lhs, prepared)
 
 
+quick = functools.partial(auto_layout, verdict=False)
+"""For what has been judged above: races are long."""
+
+
 @composition
 def from_a_lowering_in_a_thread_of_its_own() -> None:
     args, x, k = arrays(25), jnp.ones((2, 12, 12, 4)), jnp.ones((3, 3, 4, 4))
-    dense = auto_layout(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME"))
+    dense = quick(lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME"))
     with registered(Threaded(lambda: dense(x.transpose(0, 3, 1, 2), k.transpose(3, 2, 0, 1)))):
-        same(auto_layout(jax.grad(loss))(*args), jax.grad(loss)(*args))
+        same(quick(jax.grad(loss))(*args), jax.grad(loss)(*args))
 
 
 @composition
 def from_a_lowering_itself() -> None:
     """It waits for as long as it may, and goes on. (With the same shapes `jax.jit` waits for itself, too.)"""
     args = arrays(30)
-    tuned = auto_layout(loss, lock_timeout=0.2)
+    tuned = quick(loss, lock_timeout=0.2)
     with registered(Threaded(lambda: tuned(*arrays(31)))):
         same(tuned(*args), loss(*args))
 
@@ -146,9 +151,9 @@ def from_a_lowering_itself() -> None:
 @composition
 def frozen_in_decorated() -> None:
     k, x = arrays(26)
-    inner = auto_layout(lambda k, x: depthwise(x, k)).freeze(k)
-    same(auto_layout(lambda x: inner(inner(x)))(x), depthwise(depthwise(x, k), k))
-    same(auto_layout(jax.grad(lambda x: (inner(x) ** 2).mean()))(x), jax.grad(lambda x: loss_of(k, x))(x))
+    inner = quick(lambda k, x: depthwise(x, k)).freeze(k)
+    same(quick(lambda x: inner(inner(x)))(x), depthwise(depthwise(x, k), k))
+    same(quick(jax.grad(lambda x: (inner(x) ** 2).mean()))(x), jax.grad(lambda x: loss_of(k, x))(x))
 
 
 def loss_of(k: Any, x: Any) -> Any:
@@ -158,9 +163,9 @@ def loss_of(k: Any, x: Any) -> Any:
 @composition
 def other_policies_inside() -> None:
     args = arrays(27)
-    pinned = auto_layout(loss, plan=auto_layout(loss).plan(*args))
-    for inner in (pinned, auto_layout(loss, policy="channels_last"), auto_layout(loss, policy="off")):
-        same(auto_layout(jax.grad(inner))(*args), jax.grad(loss)(*args))
+    pinned = quick(loss, plan=quick(loss).plan(*args))
+    for inner in (pinned, quick(loss, policy="channels_last"), quick(loss, policy="off")):
+        same(quick(jax.grad(inner))(*args), jax.grad(loss)(*args))
 
 
 @composition
@@ -170,12 +175,12 @@ def threads_at_once() -> None:
     def work(size: int) -> None:
         try:
             args = arrays(size)
-            same(auto_layout(jax.grad(shared))(*args), jax.grad(loss)(*args))
+            same(quick(jax.grad(shared))(*args), jax.grad(loss)(*args))
             same(shared(*args), loss(*args))
         except BaseException as error:
             wrong.append(error)
 
-    shared = auto_layout(loss)
+    shared = quick(loss)
     threads = [threading.Thread(target=work, args=(size,)) for size in (28, 29, 28)]
     for thread in threads:
         thread.start()

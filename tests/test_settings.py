@@ -278,7 +278,8 @@ def test_lowerings_are_traced_alike(values):
     _parts.cache_clear()
     with changed({name: values[name] for name in values.keys() - FOLDED_BY_JAX}):
         found = lowered()
-    assert {way.split()[1].partition("/")[0] for way in found} == lowerings().keys() - {"sealed"}
+    elsewhere = {"sealed", "cropped"}  # the one is put in by the interpreter, the other is for padding that crosses
+    assert {way.split()[1].partition("/")[0] for way in found} == lowerings().keys() - elsewhere
     assert found == plainly
 
 

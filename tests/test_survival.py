@@ -223,7 +223,7 @@ def test_eight_processes_tune_at_once_and_some_are_killed(tmp_path):
     assert (late.returncode, out, err) == (0, "ready\ndone\n", "")
     assert not (tmp_path / "late.timing").exists()
     written = {place: [file.name for file in (tmp_path / place).iterdir()] for place in ("home", "tmpdir", "pwd")}
-    assert written == {"home": [], "tmpdir": [f"jaxlayout-timing-{os.getuid()}.lock"], "pwd": []}  # outside its folder
+    assert written == {"home": [], "tmpdir": [f"jaxlayout-turns-{os.getuid()}.lock"], "pwd": []}  # outside its folder
 
 
 # What may happen to the file, as the user's call sees it
