@@ -12,7 +12,7 @@ import jax
 
 from jaxlayout._compat import eval_equations
 from jaxlayout.accept import Verdict, accept, draws, liveliest
-from jaxlayout.accuracy import accuracies
+from jaxlayout.accuracy import Accuracy, accuracies
 from jaxlayout.costs.marker import Marker
 from jaxlayout.costs.measure import Compiled, CompilerOptions, compile_in
 from jaxlayout.costs.turns import Turns
@@ -67,7 +67,7 @@ class Judge:
             before,
             after,
             trial,
-            accuracy=accuracies(task.jaxpr),
+            accuracy=self.accuracy,
             memory_limit=task.options.memory_limit,
             timed=task.options.verdict,
             least=least,
@@ -76,6 +76,11 @@ class Judge:
             first_run=partial(self.marker.on, "run for the first time"),
         )
         return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
+
+    @cached_property
+    def accuracy(self) -> Sequence[Accuracy]:
+        """How accurate each result can be."""
+        return accuracies(self.task.jaxpr)
 
     @cached_property
     def original(self) -> Compiled:

@@ -15,7 +15,6 @@ import os
 from collections import Counter
 from typing import Any
 
-import jax._src.lax.convolution as defining  # where `lax.conv`, `conv_transpose` and others look it up
 from jax import lax
 from programs import at_random
 
@@ -47,7 +46,8 @@ def pytest_configure(config: Any) -> None:
     line.measure = at_random(SEED)
     line._Line.judge = lambda line, plan, least=1.0: Verdict(kept=True, reason="unseen", cause="untried")
     primitive.evaluate = _counted
-    lax.conv_general_dilated = defining.conv_general_dilated = decorated
+    # `lax.conv`, `conv_transpose` and others look it up where they are defined.
+    lax.conv_general_dilated = lax.conv.__globals__["conv_general_dilated"] = decorated
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

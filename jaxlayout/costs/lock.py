@@ -3,10 +3,9 @@
 import contextlib
 import errno
 import logging
-import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 try:
     import fcntl
@@ -20,36 +19,31 @@ POLL_SECONDS = 0.1
 
 
 @contextlib.contextmanager
-def file_lock(
-    path: str | os.PathLike[str],
-    timeout: float | None = None,
-    notify: Callable[[str], object] | None = None,
-    what: str = "writing",
-) -> Iterator[None]:
+def file_lock(path: str | os.PathLike[str], timeout: float, what: str) -> Iterator[None]:
     """Holds an exclusive lock on `path`, a file made for this.
 
-    `timeout`: seconds to wait, None for as long as it takes; TimeoutError after that. `notify` is called once, with a
-    sentence, when it has to wait. Where files cannot be locked it does nothing, and logs so. The system frees the lock
-    of a process that dies. Not re-entrant. The file is left behind: removing it would let two processes lock two files
-    of one name.
+    `timeout`: seconds to wait; TimeoutError after that. `what`: is being done, for the message. Where files cannot be
+    locked it does nothing, and logs so. The system frees the lock of a process that dies. Not re-entrant. The file is
+    left behind: removing it would let two processes lock two files of one name.
     """
     descriptor = opened(path)
     if descriptor is None or fcntl is None:
         yield
         return
     owner = os.getpid()
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     locked = False
     try:
         told = False
         while not (locked := _try_lock(descriptor)):
             if not told:
                 told = True
-                _tell(notify, f"process {_read_holder(descriptor)} is {what} ({path}): waiting for it")
-            if _left(deadline) == 0:
+                logger.info("process %s is %s (%s): waiting for it", _read_holder(descriptor), what, path)
+            left = deadline - time.monotonic()
+            if left <= 0:
                 holder = _read_holder(descriptor)
                 raise TimeoutError(f"process {holder} was still {what} after {timeout} s ({path})")
-            time.sleep(min(_left(deadline), POLL_SECONDS))
+            time.sleep(min(left, POLL_SECONDS))
         with contextlib.suppress(OSError):  # only for the message of those who wait; the disk may be full
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, str(owner).encode(), 0)
@@ -107,14 +101,3 @@ def _read_holder(descriptor: int) -> str:
         if text.isdigit():
             return text
     return "(unknown)"
-
-
-def _left(deadline: float | None) -> float:
-    """Seconds until the deadline, on the monotonic clock; infinite where there is none."""
-    return math.inf if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def _tell(notify: Callable[[str], object] | None, message: str) -> None:
-    logger.info(message)
-    if notify is not None:
-        notify(message)
