@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -50,25 +49,27 @@ def allocator() -> str:
 
 def keeps_freed_memory() -> bool | None:
     """Whether the memory of a large array that is gone serves the next one in this process, whatever has told `malloc`
-    so; seen by taking 64 MiB twice and touching some pages of it. None where that cannot be seen (on Linux it can)."""
-    if not sys.platform.startswith("linux"):
+    so; seen by taking memory twice and touching some pages of it: 64 MiB beside all that lies free, since what smaller
+    arrays left behind serves the next one in any case. None where that cannot be seen (with glibc it can)."""
+    if not _library().startswith("libc.") or not hasattr(libc := ctypes.CDLL(None), "mallinfo2"):
         return None
     import resource
 
-    libc = ctypes.CDLL(None)
     libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
     libc.free.argtypes, libc.free.restype = [ctypes.c_void_p], None
+    libc.mallinfo2.restype = _Mallinfo
+    size = _SEEN + libc.mallinfo2().free
 
     def faults() -> int:
         return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
     def touch() -> int | None:
-        """How many of the pages touched have to be given by the system."""
-        if (start := libc.malloc(_SEEN)) is None:
-            return None
+        """How many of the pages touched have to be given by the system, be it to `malloc`, where that fills them."""
         before = faults()
+        if (start := libc.malloc(size)) is None:
+            return None
         for n in range(_PAGES):
-            ctypes.memset(start + n * (_SEEN // _PAGES), 1, 1)
+            ctypes.memset(start + n * (size // _PAGES), 1, 1)
         new = faults() - before
         libc.free(start)
         return new
@@ -88,6 +89,12 @@ def _library() -> str:
     if not hasattr(libc, "dladdr") or not libc.dladdr(ctypes.cast(libc.malloc, ctypes.c_void_p), ctypes.byref(found)):
         return ""
     return os.path.basename(os.fsdecode(found.file or b""))
+
+
+class _Mallinfo(ctypes.Structure):
+    """What `mallinfo2` counts, in bytes; of interest here is what lies free."""
+
+    _fields_ = tuple((name, ctypes.c_size_t) for name in (*"abcdefgh", "free", "top"))
 
 
 class _Found(ctypes.Structure):
