@@ -365,7 +365,10 @@ def same(a: Any, b: Any) -> None:
     assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
 
 
-@pytest.mark.parametrize("values", [STRICT, CHECKED, RANDOM | TRACED | INERT], ids=["strict", "checked", "others"])
+SETS = {"strict": STRICT, "checked": CHECKED, "noted": NOTED, "others": RANDOM | TRACED | INERT}
+
+
+@pytest.mark.parametrize("values", SETS.values(), ids=SETS)
 def test_under_settings_it_does_what_jit_does(ours, capfd, values):
     step = jax.value_and_grad(loss)
     planned, frozen = auto_layout(step), auto_layout(loss).freeze(K)
