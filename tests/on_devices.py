@@ -195,6 +195,26 @@ def check_forms():
     close(jax.jit(loss)(stem, rows), expected)
 
 
+def check_unseen():
+    """What stands in a program of the user's has been seen on whole arrays only: on divided ones it is XLA's own."""
+    global FAVOURITES
+    FAVOURITES = ("phases/groups/xla", "phases/xla")
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, k = normal(13, 5, 4, 4, 4), normal(14, 5, 4, 2, 3)
+
+    def plain(x, k):
+        numbers, pads = ("NHWC", "OIHW", "NHWC"), [(0, 0), (1, 2)]
+        return lax.conv_general_dilated(x, k, (1, 2), pads, (2, 2), (2, 1), numbers)
+
+    def both(fun):
+        return jax.jit(lambda x, k: jax.vmap(fun)(jnp.stack([x, 2 * x]), jnp.stack([k, k])))
+
+    tuned, expected = auto_layout(plain, table=":memory:", **OPTIONS), both(plain)(x, k)
+    x, k = (jax.device_put(a, NamedSharding(mesh, P(*s))) for a, s in ((x, (None, "model")), (k, (None, None, "data"))))
+    close(both(plain)(x, k), expected)
+    close(both(tuned)(x, k), expected)  # its batched convolution was wrong by `phases/groups/xla`
+
+
 def check_types():
     """Where types say how arrays are divided, what is derived keeps to it, whatever it is computed by."""
     global FAVOURITES
@@ -262,6 +282,7 @@ if __name__ == "__main__":
     check_forms()
     check_the_guard()
     check_explicit()
+    check_unseen()
     check_types()
     check_placements()
     check_all()

@@ -3,14 +3,18 @@ all real lowerings at random, against plain JAX."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from drawing import examples
+from drawing import FUZZ, examples
 from hypothesis import assume, event, given, reject
 from hypothesis import strategies as st
 from jax import lax
@@ -156,3 +160,19 @@ def test_any_lowering_anywhere_leaves_the_values(way: str, setting: Any, seed: i
         for name in used - {"xla"}:
             event(name)
         assert_same(program, found, wanted, exactly=program.exact and not smooth)
+
+
+@pytest.mark.parametrize("turn", range(max(1, FUZZ)))
+def test_on_meshes(turn: int):
+    """In a process that has four devices (see the script)."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    env = os.environ | {"XLA_FLAGS": flags, "FUZZ": str(min(FUZZ, 1))}
+    options = ["-n0", "-q", "-s", "-p", "no:cacheprovider", "--hypothesis-show-statistics"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, str(Path(__file__).with_name("on_meshes.py"))],
+        env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    print(done.stdout)
+    if done.returncode < 0 and not done.stdout.rstrip().endswith("right in plain JAX"):
+        pytest.skip("XLA took the process down over a program as it is written")
+    assert done.returncode == 0, done.stderr

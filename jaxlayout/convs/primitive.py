@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes
 
 from jaxlayout._compat import divides, eval_equations
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, in_turn, lowering_named, may_crash, xla_for
+from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, xla_for
 from jaxlayout.convs.signature import ConvSignature, written_order
 
 tuned_conv_p = Primitive("tuned_conv")
@@ -81,10 +81,13 @@ def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None
     written = written_order(params)
     (lhs_type, rhs_type), (out_type,) = ctx.avals_in, ctx.avals_out
     conv, chosen = ConvSignature.of(lhs_type, rhs_type, params), Candidate(lowering, written)
-    if derived and picker is not None:
-        chosen = picker(lhs_type, rhs_type, lowering, params, ctx.module_context.platforms)
     if divides(ctx):
-        chosen = _divided(chosen, conv, derived)
+        seen = picker is None and not derived  # in a program that was planned, and judged, with its arrays divided
+        if not seen or not lowering_named(lowering).divisible(conv, written):
+            # XLA's partitioner is trusted with its own convolution, and only in these orders.
+            chosen = Candidate(xla_for(conv), replace(written, out=written.lhs))
+    elif derived and picker is not None:
+        chosen = picker(lhs_type, rhs_type, lowering, params, ctx.module_context.platforms)
 
     def compute(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         dims = chosen.dims
@@ -96,15 +99,6 @@ def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None
     # A lowering says nothing of where arrays lie. XLA sees to that, and out goes where its type says.
     placed: Any = auto_axes(compute, out_sharding=out_type.sharding) if is_explicit(out_type) else compute
     return mlir.lower_fun(placed, multiple_results=False)(ctx, lhs, rhs)
-
-
-def _divided(chosen: Candidate, conv: ConvSignature, derived: bool) -> Candidate:
-    """What is computed in place of a candidate where XLA divides arrays among devices: itself, if that gives the right
-    numbers. `derived`: nobody has seen it there before, so it neither takes images in turn nor may crash."""
-    unseen = derived and (in_turn(chosen.lowering) or may_crash(chosen.lowering))
-    if lowering_named(chosen.lowering).divisible(conv, chosen.dims) and not unseen:
-        return chosen
-    return Candidate(xla_for(conv), replace(chosen.dims, out=chosen.dims.lhs))
 
 
 def rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any]:
