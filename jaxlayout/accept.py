@@ -95,7 +95,7 @@ def accept(
     accuracy: Sequence[Accuracy],
     memory_limit: float,
     timed: bool = True,
-    least: float = 1.0,
+    rival: tuple[Compiled, float] | None = None,
     relax: float = 1.0,
     turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
     first_run: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -103,10 +103,10 @@ def accept(
     """Compare what the original and the rewritten function, compiled, give for `args`, and time them in turn.
 
     `args`: None where they must not be run; only memory and collectives are compared then.
-    `accuracy`: how accurate each output can be.
-    `memory_limit`: what it may need in memory, arguments and results included, relative to the original. `least`: how
-    many times faster it has to be. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and
-    at no other time. `first_run`: entered for the first run of the rewritten function.
+    `accuracy`: how accurate each output can be. `memory_limit`: what it may need in memory, arguments and results
+    included, relative to the original. `rival`: what it is raced against in place of the original, and how many times
+    faster than that it is. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and at no
+    other time. `first_run`: entered for the first run of the rewritten function.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     seen: dict[str, Any] = {}
@@ -137,16 +137,18 @@ def accept(
     if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * _timed(before, args)[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **seen)
+    other, ahead = rival or (before, 1.0)
     with turn():
-        faster, times = race(lambda: before(*args), lambda: after(*args), least)
-    words = "faster" if faster else "not surely faster" if times.ratio > least else "not faster"
+        faster, times = race(lambda: other(*args), lambda: after(*args))
+    words = "faster" if faster else "not surely faster" if times.ratio > 1 else "not faster"
+    ratio = ahead * times.ratio
     return Verdict(
         kept=faster,
-        reason=f"{words}: {times.ratio:.2f}x over {times.pairs} pairs",
-        original_ns=1e6 * times.first_ms,
+        reason=f"{words}: {ratio:.2f}x over {times.pairs} pairs",
+        original_ns=1e6 * ahead * times.first_ms,
         tuned_ns=1e6 * times.second_ms,
-        ratio=times.ratio,
-        spread=times.spread,
+        ratio=ratio,
+        spread=ahead * times.spread,
         pairs=times.pairs,
         **seen,
     )

@@ -31,16 +31,19 @@ class Judge:
         """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
         stands in line to time. `marker`: is there while a program under a plan is tried for the first time."""
         self.task, self.compiler_options, self.turns, self.marker = task, compiler_options, turns, marker
+        self.best: tuple[Compiled, float] | None = None
+        """The program that was kept, and how many times faster than the original it is."""
+        self.rival: tuple[Compiled, float] | None = None
+        """Such a one of another judge: to be kept is to be faster than that."""
 
     def under(self, compiler_options: CompilerOptions) -> Judge:
-        """The same with other compiler options."""
+        """One for programs with other compiler options, which are raced against what was kept by this one."""
         other = Judge(self.task, compiler_options, self.turns, self.marker)
-        other.original, other.trial_arguments = self.original, self.trial_arguments
+        other.original, other.trial_arguments, other.rival = self.original, self.trial_arguments, self.best
         return other
 
-    def verdict(self, plan: Plan, *, seen: bool, least: float = 1.0) -> Verdict:
-        """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured; `least`: how
-        many times faster it has to be."""
+    def verdict(self, plan: Plan, *, seen: bool) -> Verdict:
+        """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured."""
         task, unfit = self.task, self.task.not_to_be_run
         if plan.trivial and not task.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
@@ -70,11 +73,12 @@ class Judge:
             accuracy=self.accuracy,
             memory_limit=task.options.memory_limit,
             timed=task.options.verdict,
-            least=least,
+            rival=self.rival,
             relax=task.options.relax,
             turn=self.turns.timing,
             first_run=partial(self.marker.on, "run for the first time"),
         )
+        self.best = (after, verdict.ratio or 1.0) if verdict.kept else None
         return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
 
     @cached_property

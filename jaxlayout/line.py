@@ -62,8 +62,6 @@ time one lowering more is ruled out too."""
 OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
 0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
-WORTHWHILE = 1.02
-"""What compiler options must gain on a plan before the program is planned for them."""
 
 
 class TableMiss(LookupError):
@@ -365,17 +363,16 @@ class _Line:
         """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
         line = _Line(self.task, extra, self)
-
-        def gain(outcome: Outcome) -> float:
-            return outcome.verdict.ratio or 1.0 if outcome.kept else 1.0
-
         plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
         try:
             check_runs(self.jaxpr, plan, lambda: line.proofs)
         except ValueError:
             return best
-        same = replace(best, plan=plan, verdict=line.judge(plan, WORTHWHILE * gain(best)))
-        return max(same, line.run(), key=gain) if same.kept else best
+        same = replace(best, plan=plan, verdict=line.judge(plan))
+        if not same.kept:
+            return best
+        anew = line.run()
+        return anew if anew.kept and (anew.verdict.ratio or 1.0) > (same.verdict.ratio or 1.0) else same
 
     def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
         """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
@@ -459,9 +456,9 @@ class _Line:
     def out_of_time(self) -> bool:
         return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
 
-    def judge(self, plan: Plan, least: float = 1.0) -> Verdict:
+    def judge(self, plan: Plan) -> Verdict:
         """`Judge.verdict`."""
-        return self.judging.verdict(plan, seen=self.complete, least=least)
+        return self.judging.verdict(plan, seen=self.complete)
 
     def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
         """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run

@@ -24,9 +24,8 @@ GAIN = 0.65
 """The share of pairs won that is worth looking for. A function that is 5% faster wins it where samples vary by a
 standard deviation of 9%."""
 MAX_PAIRS = 300
-TRIAL_SECONDS, EXTRA_SECONDS = 20.0, 5.0
-"""Time for pairs; then a race goes on only while the function has not lost any. The second: where more is asked of it
-than to be faster at all, which is about a little more gain."""
+TRIAL_SECONDS = 20.0
+"""Time for pairs; then a race goes on only while the function has not lost any."""
 SURE, SURE_PAIRS = 2.0, 3
 """So many times faster or slower in so many pairs from the first: that is no noise. Were a third of all pairs of equal
 functions apart by so much, one race in 200 would come to it."""
@@ -60,16 +59,15 @@ def is_faster(ratios: Sequence[float]) -> bool | None:
     return False if refuted or len(ratios) >= MAX_PAIRS else None
 
 
-def race(first: Run, second: Run, least: float = 1.0) -> tuple[bool, Paired]:
-    """Whether the second function is more than `least` times faster than the first, beyond doubt, and what was seen.
-    Both are warm."""
+def race(first: Run, second: Run) -> tuple[bool, Paired]:
+    """Whether the second function is faster than the first, beyond doubt, and what was seen. Both are warm."""
     draw = random.Random()
     pairs = in_pairs(first, second, SAMPLE_NS, (draw.random() < 0.5 for _ in itertools.count()))
     times: list[tuple[float, float]] = []
-    faster, stop = None, time.monotonic() + (TRIAL_SECONDS if least <= 1 else EXTRA_SECONDS)
+    faster, stop = None, time.monotonic() + TRIAL_SECONDS
     while faster is None:
         times.append(next(pairs))
-        ratios = [old / (least * new) for old, new in times]
+        ratios = [old / new for old, new in times]
         faster = is_faster(ratios)
         if faster is None and time.monotonic() > stop and len(ratios) > 1 and min(ratios) <= 1:
             faster = False

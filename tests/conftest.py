@@ -71,7 +71,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(line._Line, "judge", lambda line, plan, least=1.0: kept)
+    monkeypatch.setattr(line._Line, "judge", lambda line, plan: kept)
     return costs
 
 
@@ -81,9 +81,9 @@ def with_options(forced, monkeypatch):
     traced again."""
     wanted = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
-    def judge(line, plan, least=1.0):
+    def judge(line, plan):
         ratio = 1.5 + bool(plan.compiler_options)
-        return Verdict(kept=ratio > least, reason="forced", ratio=ratio)
+        return Verdict(kept=True, reason="forced", ratio=ratio)
 
     monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (wanted,)})
     monkeypatch.setattr(line._Line, "judge", judge)

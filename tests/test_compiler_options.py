@@ -11,6 +11,7 @@ from jax import numpy as jnp
 import jaxlayout
 from jaxlayout import auto_layout, line
 from jaxlayout.accept import Verdict
+from jaxlayout.timing import Paired
 from jaxlayout.wrapped import jit_settings
 
 EXTRA = {"xla_cpu_experimental_ynn_fusion_type": ""}
@@ -26,11 +27,12 @@ def gains(costs, monkeypatch):
     """The ratios that the judge finds, without and with the options, by the size of the batch."""
     found = {1: (1.5, 2.0), 2: (1.5, 1.2)}
 
-    def judge(line, plan, least=1.0):
+    def judge(line, plan):
         batch = line.jaxpr.in_avals[0].shape[0]
-        ratio = found[batch][bool(plan.compiler_options)]
+        without, under = found[batch]
+        ratio, rival = (under, max(1.0, without)) if plan.compiler_options else (without, 1.0)
         line.judging.original  # noqa: B018 - it must compile
-        return Verdict(kept=ratio > least, reason="made up", ratio=ratio)
+        return Verdict(kept=ratio > rival, reason="made up", ratio=ratio)
 
     monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (EXTRA,)})
     monkeypatch.setattr(line._Line, "judge", judge)
@@ -53,7 +55,7 @@ def test_they_are_used_where_they_gain(gains):
 
 
 def test_and_not_where_they_do_not(gains):
-    gains[1] = (1.5, 1.51)
+    gains[1] = (1.5, 1.4)
     g = auto_layout(f)
     g(X, K)
     assert used(g) == {} == g.plan(X, K).compiler_options and g.outcome(X, K).verdict.ratio == 1.5
@@ -121,3 +123,15 @@ def test_an_option_that_this_compiler_does_not_know(costs, monkeypatch):
     g = auto_layout(f)
     np.testing.assert_allclose(g(X, K), f(X, K), rtol=1e-6)
     assert used(g) == {} == g.plan(X, K).compiler_options
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_they_are_raced_against_what_was_kept_without_them(costs, monkeypatch, faster):
+    races = [(True, Paired.of([(2e6, 1e6)] * 3)), *[(faster, Paired.of([(1e6, 0.8e6)] * 3))] * 2]
+    monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (EXTRA,)})
+    monkeypatch.setattr("jaxlayout.accept.race", lambda *_: races.pop(0))
+    monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
+    outcome = auto_layout(f).outcome(X, K)
+    assert outcome.plan.compiler_options == (EXTRA if faster else {}) and not (races and faster)
+    assert outcome.verdict.ratio == (2.5 if faster else 2.0)
+    assert outcome.verdict.original_ns == pytest.approx(2e6)

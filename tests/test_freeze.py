@@ -405,7 +405,7 @@ def test_the_judge_sees_the_folded_function(judged):
 
 def test_a_slow_verdict_leaves_the_original(monkeypatch):
     refused = Verdict(kept=False, reason="made up", cause="time")
-    monkeypatch.setattr(line._Line, "judge", lambda line, plan, least=1.0: refused)
+    monkeypatch.setattr(line._Line, "judge", lambda line, plan: refused)
     frozen = auto_layout(net).freeze(PARAMS)
     close(frozen(X), net(PARAMS, X))
     there = left(frozen, X)

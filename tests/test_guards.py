@@ -548,7 +548,7 @@ def test_ruled_out_with_all_that_need_as_much(costs, monkeypatch):
             seen = {way: found.get(way.partition("@")[0], (1.0, 0)) for way in job.alternatives}
             yield job, {way: replace(measurement(ns), temp_bytes=temp) for way, (ns, temp) in seen.items()}
 
-    def judge(self, plan, least=1.0):
+    def judge(self, plan):
         tried.append({mode.candidate.lowering for mode in plan.choices.values() if mode.candidate})
         verdict = Verdict(kept=True, cause="untried", reason="enough")
         return verdict if "modest" in tried[-1] else replace(verdict, kept=False, cause="memory", tuned_temp=100)
@@ -567,7 +567,7 @@ def test_what_is_ruled_out_in_vain_is_allowed_again(costs, monkeypatch):
     large, small = normal(5, 8, 4, 5, 5), normal(6, 2, 8, 3, 3)
     tried = []
 
-    def judge(self, plan, least=1.0):
+    def judge(self, plan):
         chosen = {
             node.conv.out_features
             for node in self.graph({}).sites
@@ -903,6 +903,7 @@ def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
 
 def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
+    monkeypatch.setattr(line, "OPTION_SETS", {})
 
     def verdict(bias: int, tuned_ns: float) -> Verdict:
         monkeypatch.setattr("jaxlayout.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))

@@ -60,7 +60,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(stages._Line, "judge", lambda line, plan, least=1.0: verdict)
+    monkeypatch.setattr(stages._Line, "judge", lambda line, plan: verdict)
 
 
 def shown(told, width):
