@@ -346,7 +346,10 @@ class AutoLayout:
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if decides or seen is not None:
-                outcome = self._not_fatal(jaxpr, outcome, runs=seen is None and getattr(self._call, "run", True))
+                outcome, first = self._not_fatal(jaxpr, outcome)
+                if first is not None and seen is None and getattr(self._call, "run", True):
+                    first.begin()
+                    self._call.first = first
             if seen is not None:
                 seen((jaxpr, outcome, concrete, shardings))
             picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
@@ -359,20 +362,15 @@ class AutoLayout:
         left = self.options.policy != "auto" and outcome.source == "none"
         return None if left else self._picker
 
-    def _not_fatal(self, jaxpr: Any, outcome: Outcome, runs: bool) -> Outcome:
-        """An outcome, but for a program with what may crash that took a process down. `runs`: as soon as it is
-        compiled."""
+    def _not_fatal(self, jaxpr: Any, outcome: Outcome) -> tuple[Outcome, FirstRun | None]:
+        """An outcome, but for a program with what may crash that took a process down, and what has to be told of its
+        first run, if anything."""
         told, chosen = self._told.get("compiler_options"), outcome.applied
         first = FirstRun.of(jaxpr, chosen, lambda: proofs_of(self.options, told, chosen.compiler_options))
-        if first is None:
-            return outcome
-        if died := first.died():
+        if first is not None and (died := first.died()):
             logger.warning("%s stays as it is: %s", self._name, died)
-            return untouched(died, "failure")
-        if runs:
-            first.begin()
-            self._call.first = first
-        return outcome
+            return untouched(died, "failure"), None
+        return outcome, first
 
     def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are

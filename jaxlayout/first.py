@@ -28,6 +28,8 @@ class FirstRun:
         chosen = [told[name] for name in ("choices", "compiler_options", "sealed_bytes")]
         self._plan = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
         self._marker = Marker.of(proofs.table.asked, proofs.environment, self._program, self._plan)
+        self.awaited = True
+        """Whether it has still to return for the first time."""
         self._under_way = ExitStack()
         self._start = 0
 
@@ -59,6 +61,7 @@ class FirstRun:
         """It has given its results."""
         ns = float(max(1, time.perf_counter_ns() - self._start))
         self._record(replace(failed("ok", ""), median_ns=ns, runs=1))
+        self.awaited = False
 
     def over(self) -> None:
         """The process is still there."""

@@ -27,6 +27,7 @@ from jaxlayout.accept import allowance
 from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.costs.turns import NoTurn
+from jaxlayout.first import FirstRun
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import placement, placements, spans_processes
 from jaxlayout.nesting import inside
@@ -50,6 +51,8 @@ class _Prepared:
     """The jitted part that depends on the other arguments: what was kept, then their leaves."""
     kept: tuple[jax.Array, ...]
     outcome: Outcome
+    first: FirstRun | None
+    """What has to be told of its run, where that may take the process down."""
     explanation: Callable[[], Explanation]
     final: bool
     """Whether that serves later calls, too: not where there was no turn to measure."""
@@ -92,7 +95,15 @@ class Frozen:
         if found is None:
             full, named = self._joined(args, kwargs)
             return self._layout(*full, **named)
-        return found.run(found.kept, *rest)
+        if found.first is None or not found.first.awaited:
+            return found.run(found.kept, *rest)
+        found.first.begin()
+        try:
+            out = jax.block_until_ready(found.run(found.kept, *rest))
+            found.first.returned()
+            return out
+        finally:
+            found.first.over()
 
     def __repr__(self) -> str:
         return f"{self._layout!r}.freeze(...)"
@@ -202,6 +213,9 @@ class Frozen:
                 outcome = self._layout._tuned(program, concrete, shardings, context, frozen, None, choose)
         except NoTurn as late:
             outcome, final = postponed(self._layout._name, late), False
+        first = None
+        if context == "entry" and not whole:
+            outcome, first = self._layout._not_fatal(program, outcome)
 
         picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
@@ -234,7 +248,7 @@ class Frozen:
         explanation = partial(self._layout._explained, program, outcome, *seen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
             kept = workers.submit(prepare).result()
-        return _Prepared(run=run, kept=kept, outcome=outcome, explanation=explanation, final=final)
+        return _Prepared(run=run, kept=kept, outcome=outcome, first=first, explanation=explanation, final=final)
 
     def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         held, named = jax.tree.unflatten(self._tree, self._leaves)

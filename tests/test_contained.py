@@ -540,39 +540,51 @@ def pinned(lowering: type[Lowering]) -> Plan:
     return Plan(choices={(0,): Mode((last, last), (last,), way(lowering))})
 
 
-def test_a_program_that_took_the_users_call_down_is_not_tried_again(tmp_path, caplog):
-    script = """
+def tuned_net(lowering: type[Lowering], *, frozen: bool) -> tuple[Any, tuple[Any, ...]]:
+    """`net` under such a plan, with its kernel frozen or not, and what it is called with."""
+    tuned, (x, k) = auto_layout(net, plan=pinned(lowering)), arguments()
+    return (tuned.freeze(k=k), (x,)) if frozen else (tuned, (x, k))
+
+
+whether_frozen = pytest.mark.parametrize("frozen", [False, True], ids=["whole", "frozen"])
+
+
+@whether_frozen
+def test_a_program_that_took_the_users_call_down_is_not_tried_again(tmp_path, caplog, frozen):
+    script = f"""
         import os, planted
-        from jaxlayout import auto_layout
         from jaxlayout.convs.lowering import register_lowering
-        from test_contained import arguments, net, pinned
+        from test_contained import tuned_net
 
         os.environ[planted.DIES_HERE] = str(os.getpid())
         register_lowering(planted.Composed())
-        auto_layout(net, plan=pinned(planted.Composed))(*arguments())
+        tuned, args = tuned_net(planted.Composed, frozen={frozen})
+        tuned(*args)
     """
     dead = run_script(script)
     assert dead.returncode == -signal.SIGABRT, dead.stderr
     assert len(markers(tmp_path)) == 1
     with registered(planted.Composed()):
         for _ in range(2):
-            tuned = auto_layout(net, plan=pinned(planted.Composed))
-            np.testing.assert_array_equal(tuned(*arguments()), jax.jit(net)(*arguments()))
-            outcome = tuned.outcome(*arguments())
+            tuned, args = tuned_net(planted.Composed, frozen=frozen)
+            np.testing.assert_array_equal(tuned(*args), jax.jit(net)(*arguments()))
+            outcome = tuned.outcome(*args)
             assert not outcome.kept and outcome.verdict.cause == "failure"
             assert "was run for the first time: it is not tried again" in outcome.verdict.reason
             assert outcome.verdict.reason in caplog.text and not markers(tmp_path)
 
 
-def test_what_has_returned_once_has_no_marker_again(tmp_path, monkeypatch):
+@whether_frozen
+def test_what_has_returned_once_has_no_marker_again(tmp_path, monkeypatch, frozen):
     put = []
     on = Marker.on
     monkeypatch.setattr(Marker, "on", lambda marker, doing: put.append(doing) or on(marker, doing))
     with registered(planted.Sound()):
         for _ in range(2):
-            tuned = auto_layout(net, plan=pinned(planted.Sound))
-            tuned.outcome(*arguments())  # which runs nothing
-            np.testing.assert_allclose(tuned(*arguments()), jax.jit(net)(*arguments()), atol=1e-6)
+            tuned, args = tuned_net(planted.Sound, frozen=frozen)
+            tuned.outcome(*args)  # which runs nothing
+            for _ in range(2):
+                np.testing.assert_allclose(tuned(*args), jax.jit(net)(*arguments()), atol=1e-6)
             assert put == ["run for the first time"] and not markers(tmp_path)
         with pytest.raises(TypeError, match="bad"):
             auto_layout(raising, plan=pinned(planted.Sound))(*arguments())
