@@ -1,5 +1,5 @@
-"""How much hypothesis draws. A test draws the same few examples in each run; with FUZZ=n in the environment n times as
-many, and others each time (`make fuzz`)."""
+"""How much hypothesis draws. In the suite a test draws the same few examples each time; with FUZZ=n in the environment many times
+as many, and others each time (`make fuzz`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ import os
 from hypothesis import HealthCheck, settings
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
+SHARE = 3
+"""Of what a test draws at FUZZ=1, the suite draws one in so many."""
 
 
 def examples(number: int) -> settings:
-    """The settings of a test that usually draws so many."""
+    """The settings of a test that draws so many at FUZZ=1."""
     return settings(
-        max_examples=number * max(1, FUZZ),
+        max_examples=number * FUZZ or max(1, number // SHARE),
         derandomize=not FUZZ,
         deadline=None,
         print_blob=True,
