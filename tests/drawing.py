@@ -1,5 +1,5 @@
-"""How much hypothesis draws. In the suite a test draws the same few examples each time; with FUZZ=n in the environment many times
-as many, and others each time (`make fuzz`)."""
+"""How much hypothesis draws. In the suite a test draws the same few examples each time; with FUZZ=n in the environment
+many times as many, and others each time (`make fuzz`)."""
 
 from __future__ import annotations
 
