@@ -190,7 +190,6 @@ class Helper:
             except OSError as error:
                 raise NoHelper(f"{' '.join(command)} cannot be started: {error}") from error
             stack.pop_all()
-        self.asked = time.monotonic()
         try:
             found = self.ask({"config": config, "seconds": START_SECONDS}, stop)["environment"]
         except Died as error:
@@ -242,8 +241,15 @@ class Helper:
         except BaseException:
             self.close()
             raise
-        self.asked = time.monotonic()
         return json.loads(answer)
+
+    def answers(self, stop: Stop = never) -> bool:
+        """Whether it is still there: it may have ended by itself, or been killed by somebody, which is no form's fault.
+        (A process of several threads may be dying without having ended yet.)"""
+        try:
+            return not self.closed and self.ask({"lowerings": {}, "seconds": START_SECONDS}, stop) == {"refused": ""}
+        except Died:
+            return False
 
     def close(self) -> None:
         """End it, and all that was started from it."""
@@ -324,12 +330,9 @@ def _helper(device: Any, stop: Stop) -> Iterator[Helper]:
             raise KeyboardInterrupt("interrupted while another thread had a form run in a process of its own")
     try:
         helper, place = _helpers.get(os.getpid()), json.dumps(config, sort_keys=True)
-        if helper is not None:
-            late = time.monotonic() - helper.asked > IDLE_SECONDS / 2  # it may be about to end
-            gone = helper.closed or helper.process.poll() is not None  # which is no form's fault
-            if gone or late or helper.config != config:
-                helper.close()
-                helper = None
+        if helper is not None and (helper.config != config or not helper.answers(stop)):
+            helper.close()
+            helper = None
         if helper is None:
             if place in _none:
                 raise NoHelper(_none[place])
