@@ -58,13 +58,17 @@ def gradient_of_decorated() -> None:
     same(auto_layout(jax.grad(auto_layout(loss)))(*args), jax.grad(loss)(*args))
 
 
+quick = functools.partial(auto_layout, verdict=False)
+"""Judged by numbers alone: one race is enough, and they are long."""
+
+
 @composition
 def three_deep_in_a_batch() -> None:
     k, x = arrays(21)
     xs = jnp.stack([x, 2 * x])
-    inner = auto_layout(lambda k, x: auto_layout(loss)(k, x) + 1)
+    inner = quick(lambda k, x: quick(loss)(k, x) + 1)
     wanted = jax.vmap(jax.grad(loss), (None, 0))(k, xs)
-    same(auto_layout(jax.vmap(jax.grad(inner), (None, 0)))(k, xs), wanted)
+    same(quick(jax.vmap(jax.grad(inner), (None, 0)))(k, xs), wanted)
 
 
 @composition
@@ -75,13 +79,13 @@ def a_module_in_a_step() -> None:
             return nn.Conv(8, (3, 3), feature_group_count=8)(x)
 
     _, x = arrays(22)
-    bare, tuned = Net(), jaxlayout.flax.linen.auto_layout(Net())
+    bare, tuned = Net(), jaxlayout.flax.linen.auto_layout(Net(), verdict=False)
     variables = bare.init(jax.random.key(0), x)
 
     def step(model: Any) -> Callable[..., Any]:
         return jax.grad(lambda variables, x: (model.apply(variables, x) ** 2).mean())
 
-    same(auto_layout(step(tuned))(variables, x), step(bare)(variables, x))
+    same(quick(step(tuned))(variables, x), step(bare)(variables, x))
 
 
 @composition
@@ -89,12 +93,12 @@ def convolution_of_jax_replaced() -> None:
     k, x = arrays(23)
     wanted = jax.grad(loss)(k, x)
     try:
-        lax.conv_general_dilated = auto_layout(  # as a library does that wants all convolutions tuned
+        lax.conv_general_dilated = quick(  # as a library does that wants all convolutions tuned
             _plain_convolution,
             static_argnames=("window_strides", "padding", "dimension_numbers", "feature_group_count"),
             static_argnums=(2, 3),
         )
-        same(auto_layout(jax.grad(loss))(k, x), wanted)
+        same(quick(jax.grad(loss))(k, x), wanted)
         same(jax.grad(loss)(k, x), wanted)
         same(jax.jit(jax.grad(loss))(k, 2 * x), 4 * wanted)
     finally:
@@ -104,13 +108,13 @@ def convolution_of_jax_replaced() -> None:
 @composition
 def called_back() -> None:
     k, x = arrays(24)
-    inner = auto_layout(lambda x: depthwise(x, k))
+    inner = quick(lambda x: depthwise(x, k))
 
     def f(k: Any, x: Any) -> Any:
         y = jax.pure_callback(lambda x: np.asarray(inner(jnp.asarray(x))), jax.ShapeDtypeStruct(x.shape, x.dtype), x)
         return depthwise(y, k)
 
-    same(auto_layout(f)(k, x), depthwise(depthwise(x, k), k))
+    same(quick(f)(k, x), depthwise(depthwise(x, k), k))
 
 
 class Threaded(Shifted):
@@ -125,10 +129,6 @@ class Threaded(Shifted):
         with ThreadPoolExecutor(1) as pool:
             pool.submit(self.call).result()
         return super().apply(conv, dims, lhs, prepared)
-
-
-quick = functools.partial(auto_layout, verdict=False)
-"""For what has been judged above: races are long."""
 
 
 @composition

@@ -189,7 +189,8 @@ def test_the_ends_of_the_range():
 
 
 def test_cancellation():
-    """Of large terms next to nothing is left: the error (rms, against float64) is at most twice XLA's."""
+    """Of large terms next to nothing is left: the error (rms, against float64) is at most twice XLA's. Kernel gradients
+    keep what is large where images are: there it may be what strict numerics allow, too."""
     params, x = arguments(features=8, size=16)
     kernels = {name: params[name] for name in ("depthwise", "grouped", "pointwise", "up")}
     for name, k in kernels.items():
@@ -211,9 +212,12 @@ def test_cancellation():
         out, back = jax.vjp(f, p, xs)
         return out, back(cotangents)
 
+    def rms(tree: Any) -> dict[str, float]:
+        leaves = jax.tree.leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): float(np.sqrt(np.mean(np.asarray(x) ** 2))) for path, x in leaves}
+
     def errors(found: Any, exact: Any) -> dict[str, float]:
-        apart = jax.tree.map(lambda a, b: float(np.sqrt(np.mean((np.asarray(a) - b) ** 2))), found, exact)
-        return {jax.tree_util.keystr(path): error for path, error in jax.tree.leaves_with_path(apart)}
+        return rms(jax.tree.map(lambda a, b: np.asarray(a) - b, found, exact))
 
     xs = dict.fromkeys(kernels, images)
     noise = {
@@ -225,14 +229,18 @@ def test_cancellation():
     def raised(each: Any) -> Any:
         return jax.tree.map(lambda a: 1e4 + a, each)
 
+    positions = 2 * 16 * 16  # are summed in a kernel gradient, at most
     for args in ((kernels, raised(xs), noise), (kernels, xs, raised(noise))):
         with jax.enable_x64(True):
             wide_args = jax.tree.map(partial(jnp.asarray, dtype=np.float64), args)
             exact = jax.tree.map(np.asarray, jax.jit(with_pull_back)(*wide_args))
         ours, theirs = errors(tuned(*args), exact), errors(plain(*args), exact)
         assert len(ours) == 12 and min(theirs.values()) > 0
+        large = {name: size for name, size in rms(exact).items() if name.startswith("[1][0]") and size > 1e4}
+        assert len(large) == (4 if args[2] is noise else 0)
         for name, error in ours.items():
-            assert error <= 2 * theirs[name], name
+            strict = 3 * np.finfo(np.float32).eps * positions**0.5 * large.get(name, 0.0)
+            assert error <= max(2 * theirs[name], strict), name
 
 
 @pytest.mark.parametrize(
