@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,6 +20,7 @@ import numpy as np
 from jaxlayout.accuracy import Accuracy
 from jaxlayout.checked import flag, integer, number, one_of, optional, shown, text
 from jaxlayout.costs.measure import WARM_NS, Compiled
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.memory import amid, soiled_memory
 from jaxlayout.race import race
 
@@ -97,6 +99,7 @@ def accept(
     timed: bool = True,
     rival: tuple[Compiled, float] | None = None,
     relax: float = 1.0,
+    stop: threading.Event | None = None,
     turn: Callable[[], AbstractContextManager[Any]] = nullcontext,
     first_run: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Verdict:
@@ -105,8 +108,9 @@ def accept(
     `args`: None where they must not be run; only memory and collectives are compared then.
     `accuracy`: how accurate each output can be. `memory_limit`: what it may need in memory, arguments and results
     included, relative to the original. `rival`: what it is raced against in place of the original, and how many times
-    faster than that it is. `relax`: multiplies the error allowed. `turn`: entered while the two are timed, and at no
-    other time. `first_run`: entered for the first run of the rewritten function.
+    faster than that it is. `relax`: multiplies the error allowed. `stop`: once it is set, timing ends with
+    NoTurn. `turn`: entered while the two are timed, and at no other time. `first_run`: entered for the first run of the
+    rewritten function.
     """
     old, new = before.program.memory_analysis(), after.program.memory_analysis()
     seen: dict[str, Any] = {}
@@ -138,8 +142,14 @@ def accept(
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **seen)
     other, ahead = rival or (before, 1.0)
+
+    def timed_run(program: Compiled) -> Any:
+        if stop is not None and stop.is_set():
+            raise NoTurn("interrupted while two programs were timed")
+        return program(*args)
+
     with turn():
-        faster, times = race(lambda: other(*args), lambda: after(*args))
+        faster, times = race(lambda: timed_run(other), lambda: timed_run(after))
     words = "faster" if faster else "not surely faster" if times.ratio > 1 else "not faster"
     ratio = ahead * times.ratio
     return Verdict(
@@ -264,14 +274,16 @@ def compare(
 
 
 def _apart(x: np.ndarray, y: np.ndarray) -> float:
-    """The largest difference relative to the rms of x; infinite where NaN or Inf are in other places."""
+    """The largest difference relative to the rms of x; infinite where NaN or Inf are in other places, and where x is
+    nothing but zeros and y is not."""
     finite = np.isfinite(x)
     if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
         return math.inf
     x, y = x[finite], y[finite]
     largest = float(np.max(np.abs(x), initial=0.0)) or 1.0
     rms = largest * float(np.sqrt(np.mean(np.abs(x / largest) ** 2))) if x.size else 0.0  # whose squares may overflow
-    return float(np.max(np.abs(x - y), initial=0.0)) / (rms or 1.0)
+    most = float(np.max(np.abs(x - y), initial=0.0))
+    return most / rms if rms else math.inf if most else 0.0
 
 
 def _again(original: Callable[..., Sequence[Any]], args: Sequence[Any]) -> Sequence[Any]:

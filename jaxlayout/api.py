@@ -11,6 +11,7 @@ import inspect
 import logging
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -33,7 +34,7 @@ from jaxlayout._compat import (
 )
 from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
-from jaxlayout.costs.turns import NoTurn
+from jaxlayout.costs.turns import TELL_SECONDS, NoTurn
 from jaxlayout.derived import Measured
 from jaxlayout.first import FirstRun
 from jaxlayout.frozen import Frozen
@@ -114,6 +115,7 @@ class AutoLayout:
 
     def __init__(self, fun: Callable[..., Any], options: Options, pinned: Plan | None, jit: dict[str, Any]):
         bare, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
+        weakref.ref(bare)  # so JAX knows functions; of one that cannot be known so it takes the process down
         theirs = getattr(bare, "__dict__", {}).items()  # first: what is ours wins
         self.__dict__.update({name: value for name, value in theirs if not hasattr(AutoLayout, name)})
         self._fun: Callable[..., Any] = bare
@@ -132,12 +134,13 @@ class AutoLayout:
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
         self._plain: Any = jax.jit(self._fun, **told)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
             known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
-        call = self._call
-        call.arguments, call.first = (args, kwargs), None  # for the body, which runs only where the shapes are new
+        call = self._call  # for the body, which runs only where the shapes are new
+        outer = getattr(call, "arguments", None), getattr(call, "first", None)  # of a call that this one is made in
+        call.arguments, call.first = (args, kwargs), None
         try:
             out = self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
             if call.first is not None:
@@ -145,9 +148,9 @@ class AutoLayout:
                 call.first.returned()
             return out
         finally:
-            call.arguments = None
             if call.first is not None:
                 call.first.over()
+            call.arguments, call.first = outer
 
     def _is_part(self) -> bool:
         """Whether the call is part of something that is being tuned as a whole: then the convolutions are that one's.
@@ -202,7 +205,7 @@ class AutoLayout:
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
 
-    def freeze(self, *args: Any, **kwargs: Any) -> Frozen:
+    def freeze(self, /, *args: Any, **kwargs: Any) -> Frozen:
         """The function of the rest of its arguments. What depends on those given here alone (a network's weights, in
         inference) is computed once, when the shapes of the rest are first seen: converted and packed kernels, a batch
         normalisation's scale and shift, folded into the kernel before it. The arguments are copied: what becomes of the
@@ -214,12 +217,12 @@ class AutoLayout:
         """
         return Frozen(self, args, kwargs)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
         with self._calling(args, kwargs, run=False):
             return self._decided(lambda jitted: jitted.trace(*args, **kwargs), args, kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
         with self._calling(args, kwargs, run=False):
             return self._decided(lambda jitted: jitted.lower(*args, **kwargs), args, kwargs)
@@ -229,11 +232,13 @@ class AutoLayout:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None, *, run: bool = True
     ) -> Iterator[None]:
         """Lets the body see what it is called with. `run`: whether that is for the judge."""
-        self._call.arguments, self._call.executor, self._call.run = (args, kwargs), executor, run
+        call = self._call
+        outer = getattr(call, "arguments", None), getattr(call, "executor", None), getattr(call, "run", True)
+        call.arguments, call.executor, call.run = (args, kwargs), executor, run
         try:
             yield
         finally:
-            self._call.arguments, self._call.executor, self._call.run = None, None, True
+            call.arguments, call.executor, call.run = outer
 
     def _decided(self, run: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `run` gives of the jit for such a call, once the compiler options are settled; of plain `jax.jit` where
@@ -248,7 +253,7 @@ class AutoLayout:
                 with self._whole():  # as it has been traced
                     return run(self._plain)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
         with self._whole():
             return type(self._plain).eval_shape(self._plain, *args, **kwargs)
@@ -259,15 +264,15 @@ class AutoLayout:
         for jitted in every:
             forget(jitted)
 
-    def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
+    def outcome(self, /, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from, tuning if need be."""
         return self._looked_at(args, kwargs)[1]
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments, to be shown, saved, loaded and pinned."""
         return self.outcome(*args, **kwargs).plan
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, /, *args: Any, **kwargs: Any) -> Explanation:
         """What was chosen for these arguments and why: a value that a terminal shows as tables and a notebook as HTML,
         with `to_json` and plots."""
         jaxpr, outcome, arrays, shardings = self._looked_at(args, kwargs)
@@ -372,6 +377,14 @@ class AutoLayout:
             return untouched(died, "failure"), None
         return outcome, first
 
+    def _may_tune(self) -> bool:
+        """Take this function's lock, waiting for another thread that has it: not longer than `lock_timeout`."""
+        longest = min(self.options.lock_timeout, threading.TIMEOUT_MAX)
+        if self._tuning.acquire(timeout=min(TELL_SECONDS, longest)):
+            return True
+        logger.warning("another thread is tuning %s: waiting for it", self._name)
+        return self._tuning.acquire(timeout=max(0.0, longest - TELL_SECONDS))
+
     def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are
         traced (under grad and vmap)."""
@@ -423,7 +436,7 @@ class AutoLayout:
 
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
-        if not self._tuning.acquire(timeout=min(self.options.lock_timeout, threading.TIMEOUT_MAX)):
+        if not self._may_tune():
             raise NoTurn(f"another thread was still tuning {self._name} after {self.options.lock_timeout:g} s")
         try:
             work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided

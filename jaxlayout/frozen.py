@@ -90,7 +90,7 @@ class Frozen:
         self._static: dict[Any, tuple[bool, ...]] = {}
         self._prepared: MutableMapping[Surroundings, dict[Any, _Prepared]] = WeakKeyDictionary()
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         found, rest = self._found(args, kwargs)
         if found is None:
             full, named = self._joined(args, kwargs)
@@ -111,7 +111,7 @@ class Frozen:
     def __reduce__(self) -> Any:
         return Frozen, (self._layout, *jax.tree.unflatten(self._tree, self._leaves))  # prepared anew elsewhere
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
         found, rest = self._found(args, kwargs)
         if found is None:
@@ -119,11 +119,11 @@ class Frozen:
             return self._layout.trace(*full, **named)
         return found.run.trace(found.kept, *rest)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
         return self.trace(*args, **kwargs).lower()
 
-    def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
+    def outcome(self, /, *args: Any, **kwargs: Any) -> Outcome:
         """The plan for these arguments, the verdict on it and where it came from."""
         found, _ = self._found(args, kwargs)
         if found is None:
@@ -131,11 +131,11 @@ class Frozen:
             return self._layout.outcome(*full, **named)
         return found.outcome
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """The plan for these arguments; given to `auto_layout` it fits the function frozen in the same way."""
         return self.outcome(*args, **kwargs).plan
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, /, *args: Any, **kwargs: Any) -> Explanation:
         """As of `AutoLayout`: what was chosen for these arguments and why."""
         found, _ = self._found(args, kwargs)
         if found is None:

@@ -74,6 +74,7 @@ class Judge:
             memory_limit=task.options.memory_limit,
             timed=task.options.verdict,
             rival=self.rival,
+            stop=task.stop,
             relax=task.options.relax,
             turn=self.turns.timing,
             first_run=partial(self.marker.on, "run for the first time"),

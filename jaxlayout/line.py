@@ -63,6 +63,9 @@ OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experime
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
 0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
 
+FORGET = "`jaxlayout table prune --older-than 0` forgets that, with all that was measured"
+"""What to do about a program that is not tried again without its fault."""
+
 
 class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
@@ -130,6 +133,7 @@ def decide(
             return stored
         if died := line.marker.left():
             outcome = untouched(f"{died}: it is not tried again", "failure")
+            logger.warning("a program stays as it is: %s; if it was ended from outside, %s", died, FORGET)
             line.store(outcome)
             line.marker.clear()
             return outcome

@@ -6,6 +6,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 
@@ -37,6 +38,7 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     told = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _LARGEST, _M_ARENA_MAX: 1}
+    keeps_freed_memory.cache_clear()
     return all([mallopt(option, value) for option, value in told.items()])
 
 
@@ -47,10 +49,12 @@ def allocator() -> str:
     return f"{_library() or 'unknown'}{does}"
 
 
+@cache
 def keeps_freed_memory() -> bool | None:
     """Whether the memory of a large array that is gone serves the next one in this process, whatever has told `malloc`
-    so; seen by taking memory twice and touching some pages of it: 64 MiB beside all that lies free, since what smaller
-    arrays left behind serves the next one in any case. None where that cannot be seen (with glibc it can)."""
+    so before this is first asked, or `keep_freed_memory` since. Seen by taking memory twice and touching some pages of
+    it: 64 MiB beside all that lies free, since what smaller arrays left behind serves the next one in any case. Once:
+    glibc gives back what it keeps when that is more than 2 GiB. None where that cannot be seen (with glibc it can)."""
     if not _library().startswith("libc.") or not hasattr(libc := ctypes.CDLL(None), "mallinfo2"):
         return None
     import resource

@@ -29,11 +29,19 @@ class Silent:
 @contextmanager
 def progress_bar(name: str) -> Iterator[Progress]:
     """A bar on standard error from the first stage on, gone when done, if that is a terminal."""
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not _on_terminal(sys.stderr):
         yield Silent()
         return
     with ExitStack() as stack:
         yield _Shown(name, stack)
+
+
+def _on_terminal(stream: Any) -> bool:
+    """Whether a stream is a terminal. Programs put all kinds of things in place of standard error, or close it."""
+    try:
+        return stream.isatty()
+    except (AttributeError, ValueError):
+        return False
 
 
 class _Shown:

@@ -47,14 +47,14 @@ class Workers(ThreadPoolExecutor):
 
 
 def apart(work: Callable[[threading.Event], Any], device: Any = None) -> Any:
-    """What `work` gives, in a thread of its own. An interrupt sets the event that it is handed, and goes on when the
-    work has come to its end."""
+    """What `work` gives, in a thread of its own. An interrupt, or whatever else a signal's handler raises meanwhile,
+    sets the event that it is handed, and goes on when the work has come to its end."""
     stop = threading.Event()
     with Workers(1, device) as workers:
         working = workers.submit(work, stop)
         try:
             return working.result()
-        except KeyboardInterrupt:
+        except BaseException:
             stop.set()
             raise
 

@@ -45,7 +45,7 @@ class StandIn:
             inner = inner.func
         self.__wrapped__ = inner
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         return self._run(*args, **kwargs)
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ import pytest
 from jaxlayout import line
 from jaxlayout.accept import Verdict
 from jaxlayout.budget import Budget
+from jaxlayout.costs import lock
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
 
@@ -30,6 +31,7 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setattr(line, "_tables", {})
     monkeypatch.setattr(line, "_provisional", {})
     monkeypatch.setattr(line, "process_budget", Budget())
+    monkeypatch.setattr(lock, "_told", set())
 
 
 @pytest.fixture(autouse=True)

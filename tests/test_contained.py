@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -307,6 +308,21 @@ def test_a_process_that_is_unlike_this_one_is_none(monkeypatch):
         Helper(jax.devices()[0], settings())
 
 
+def test_strange_paths_and_many_descriptors_do_not_matter(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path, os.fsencode(tmp_path), None])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, hard), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        helper = Helper(jax.devices()[0], settings())
+        assert helper.answers() and helper.process.stdout.fileno() > 1024
+        helper.close()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_signatures_travel():
     every = replace(CONV, precision=(lax.Precision.HIGH, lax.Precision.DEFAULT), lhs_dtype=jnp.dtype("bfloat16"))
     every = replace(every, preferred_element_type=np.dtype("float32"), padding=((-1, 2), (0, 3)), context="nested")
@@ -493,7 +509,7 @@ def test_what_jax_derives_is_not_taken_to_run():
 # The whole program
 
 
-def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_path, only, monkeypatch):
+def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_path, only, monkeypatch, caplog):
     script = """
         import planted
         from jaxlayout import Candidate, auto_layout, line
@@ -524,6 +540,7 @@ def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_pa
             assert "was run for the first time: it is not tried again" in outcome.verdict.reason
             np.testing.assert_array_equal(tuned(*arguments()), jax.jit(net)(*arguments()))
             assert not markers(tmp_path)
+    assert caplog.text.count("`jaxlayout table prune --older-than 0` forgets that") == 1
 
 
 class Unsuspected(planted.Aborts):

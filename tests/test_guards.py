@@ -6,7 +6,9 @@ made to come out in the rewritten function's favour where it matters.
 
 from __future__ import annotations
 
+import gc
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -18,10 +20,12 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import jax
@@ -50,12 +54,14 @@ from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.costs.measure import TOLERANCE, compile_in
 from jaxlayout.costs.table import ENVIRONMENT
+from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.options import Options
 from jaxlayout.program import equations
 from jaxlayout.progress import Silent
+from jaxlayout.threads import apart
 from jaxlayout.timing import Paired
 
 ROOT = Path(__file__).parents[1]
@@ -941,6 +947,60 @@ def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monke
     assert seen == ["compared"]
 
 
+def test_an_interrupt_ends_a_race(monkeypatch):
+    stop, calls = threading.Event(), []
+
+    def race(first, second):
+        for _ in range(3):
+            calls.append(first())
+        stop.set()
+        second()
+
+    monkeypatch.setattr("jaxlayout.accept.race", race)
+    before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
+    with pytest.raises(NoTurn, match="interrupted while two programs were timed"):
+        accept(before, after, [X], accuracy=[Accuracy()], memory_limit=1.0, stop=stop)
+    assert len(calls) == 3
+
+
+def test_whatever_a_signals_handler_raises_ends_tuning():
+    class Late(Exception):
+        pass
+
+    def ring(*_: Any) -> None:
+        raise Late
+
+    def work(stop: threading.Event) -> bool:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        ended.append(stop.wait(60))
+        return True
+
+    ended: list[bool] = []
+    handler = signal.signal(signal.SIGALRM, ring)
+    try:
+        with pytest.raises(Late):
+            apart(work)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    assert ended == [True]
+
+
+def test_arrays_that_are_closed_over_are_let_go(costs):
+    held = jnp.ones(3)
+    auto_layout(lambda x, k, held=held: conv(x, k) + held.sum())(X, K)
+    there = weakref.ref(held)
+    del held
+    gc.collect()
+    assert there() is None
+
+
+def test_nothing_but_zeros_is_equal_to_zeros_alone():
+    zeros, next_to = np.zeros(4, np.float32), np.full(4, 1e-9, np.float32)
+    for found, agrees in ((zeros, True), (-zeros, True), (next_to, False)):
+        seen = compare(lambda x: [zeros], [jnp.ones(4)], [zeros], [found], [Accuracy()])
+        assert (seen.reason == "") == agrees, seen
+
+
 # Plans
 
 
@@ -1312,8 +1372,11 @@ def test_progress_on_a_terminal_only(costs, monkeypatch, capsys):
     assert Terminal.text == ""
     auto_layout(lambda x, k: conv(x, k) + 1).outcome(X, K)
     assert "jaxlayout <lambda>: judging" in Terminal.text
-    monkeypatch.setattr(sys, "stderr", None)
-    auto_layout(lambda x, k: conv(x, k) + 2).outcome(X, K)
+    closed, simple = io.StringIO(), SimpleNamespace(write=lambda text: None, flush=lambda: None)
+    closed.close()
+    for i, stream in enumerate((None, closed, simple)):
+        monkeypatch.setattr(sys, "stderr", stream)
+        auto_layout(lambda x, k, i=i: conv(x, k) + 2 + i).outcome(X, K)
 
 
 def test_nothing_is_printed_or_warned(costs, capfd, recwarn):

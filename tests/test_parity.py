@@ -189,6 +189,33 @@ def test_nothing_of_it_stays():
         assert [ref() for ref in found] == [None, None]
 
 
+def test_arguments_of_any_name():
+    def f(self, fun, args, x, k):
+        return conv(x, k) * self + fun - args
+
+    named = {"self": 2.0, "fun": 3.0, "args": 4.0, "x": X, "k": K}
+    tuned, wanted = auto_layout(f), jax.jit(f)(**named)
+    close(tuned(**named), wanted)
+    for made in (tuned.lower(**named), tuned.trace(**named)):
+        assert made.out_info.shape == wanted.shape
+    assert tuned.eval_shape(**named).shape == wanted.shape
+    assert tuned.plan(**named) == tuned.outcome(**named).plan and tuned.explain(**named).sites
+    close(tuned.freeze(k=K, self=2.0)(**{name: named[name] for name in ("fun", "args", "x")}), wanted)
+    close(auto_layout(lambda x, k, **more: conv(x, k) * more["self"])(X, K, self=2.0), 2.0 * conv(X, K))
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, auto_layout])
+def test_what_cannot_be_referred_to_weakly_is_refused(wrap):
+    class Slotted:
+        __slots__ = ()
+
+        def __call__(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="cannot create weak reference"):
+        wrap(Slotted())(X)
+
+
 # Keywords
 
 ONE = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -558,6 +558,15 @@ def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
     return copy
 
 
+def test_a_new_table_on_a_full_disk_is_one_warning(costs, recwarn):
+    with full_disk(table_path()):
+        for _ in range(2):
+            tuned = auto_layout(network)
+            np.testing.assert_allclose(tuned(X, K), network(X, K), rtol=1e-5, atol=1e-5)
+    assert [str(one.message).count("for this process only") for one in recwarn.list] == [1]
+    assert not list(table_path().parent.glob("*damaged*"))
+
+
 CANDIDATE = ("plan", "choices", 0, 3)
 LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (CANDIDATE, "no_such:NCHW,OIHW->NCHW", "cannot be computed by no_such"),

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +75,39 @@ def test_one_process_times_at_a_time():
     with Turns(0, tell=told.append).timing():
         pass
     assert len(told) == 2
+
+
+@needs_fcntl
+def test_waiting_counts_from_turn_to_turn():
+    told: list[str] = []
+    turns = Turns(60, tell=told.append)
+    for _ in range(2):
+        other = timing()
+        with soon(lambda: go_on(other)), turns.timing():  # noqa: B023
+            pass
+    assert turns.waited > 0.5 and len(told) == 1
+    turns.timeout = 0.5
+    other = timing()
+    with pytest.raises(NoTurn, match=r"after 0\.5 s of waiting"):
+        turns.pause()
+    assert len(told) == 1
+    go_on(other)
+
+
+def test_without_a_place_for_the_file_threads_alone_are_excluded(monkeypatch, caplog):
+    def nowhere():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nowhere)
+    for _ in range(2):
+        Turns(0).pause()
+        with Turns(0).timing():
+            raised = []
+            thread = threading.Thread(target=lambda: raised.append(refused(Turns(0.1).pause)))  # noqa: B023
+            thread.start()
+            thread.join()
+        assert "another thread" in raised[0]
+    assert caplog.text.count("No usable temporary directory found") == (turns.fcntl is not None)
 
 
 @needs_fcntl
@@ -238,11 +272,13 @@ def test_time_spent_waiting_can_be_told_from_time_spent():
         finally:
             spans.append(time.monotonic() - start)
 
-    others = Turns(0.2, waiting=waiting)
-    others.pause()
+    def others() -> Turns:
+        return Turns(0.2, waiting=waiting)
+
+    others().pause()
     with Turns().timing():
-        in_a_thread(lambda: refused(others.pause))
-        in_a_thread(lambda: refused(lambda: others.timing().__enter__()))
+        in_a_thread(lambda: refused(others().pause))
+        in_a_thread(lambda: refused(lambda: others().timing().__enter__()))
     assert len(spans) == 2 and min(spans) > 0.1
 
 

@@ -220,13 +220,14 @@ class Helper:
         before, deadline = self._errors.seek(0, os.SEEK_END), time.monotonic() + request["seconds"]
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
-        answer = b""
+        ready, answer = select.poll(), b""  # `select` knows no descriptor beyond the first 1024
+        ready.register(stdout)
         try:
             with contextlib.suppress(BrokenPipeError):  # then it is gone, see below
                 stdin.write(json.dumps(request).encode() + b"\n")
             while not answer.endswith(b"\n"):
                 gone = self.process.poll() is not None  # before reading on: it may have answered and ended since
-                if select.select([stdout], [], [], 0 if gone else POLL_SECONDS)[0]:
+                if ready.poll(0 if gone else 1e3 * POLL_SECONDS):
                     some = os.read(stdout.fileno(), 2**16)
                     answer += some
                     gone = not some
@@ -301,7 +302,8 @@ def environment_alone(environ: Mapping[str, str]) -> dict[str, str]:
     if flags := found.get("XLA_FLAGS"):
         found["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump_"))
     told = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXLAYOUT_POLICY": "off"}
-    return found | told | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    paths = [os.fsdecode(path) for path in sys.path if isinstance(path, str | bytes | os.PathLike)]
+    return found | told | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in paths)}
 
 
 @functools.cache

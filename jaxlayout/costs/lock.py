@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 try:
     import fcntl
@@ -70,17 +70,29 @@ def locks_work(path: str | os.PathLike[str]) -> bool:
     return True
 
 
-def opened(path: str | os.PathLike[str]) -> int | None:
-    """A descriptor to lock, or None (logged) where that cannot be."""
+def opened(path: str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]) -> int | None:
+    """A descriptor to lock, of the file at a path (or at what a function gives, which may find no place for it), or
+    None where that cannot be, which is told once."""
     if fcntl is None:
-        logger.info("this platform has no fcntl: %s is not locked against other processes", path)
+        logger.info("this platform has no fcntl: not locked against other processes")
         return None
     try:
         # O_NOFOLLOW: the folder may be shared, and another user's link must not lead us to some other file.
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        found = path() if callable(path) else path
+        return os.open(found, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        logger.warning("%s cannot be opened (%s): not locked against other processes", path, error)
+        tell_once(f"not locked against other processes: {error}")
         return None
+
+
+def tell_once(message: str) -> None:
+    """A warning in the log, the first time that it is given in this process."""
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)
+
+
+_told: set[str] = set()
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -91,7 +103,7 @@ def _try_lock(descriptor: int) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:  # a file system without locks
-        logger.warning("cannot lock (%s): going on without", error)
+        tell_once(f"cannot lock ({error}): going on without")
     return True
 
 

@@ -493,14 +493,14 @@ def compile_in(
     """Compile a function of arrays for a context. The nested one is a branch that is always taken, which the
     compiler cannot know."""
     if context == "entry":
-        return Compiled(jax.jit(function, keep_unused=True).lower(*args).compile(compiler_options))
+        return Compiled(jax.jit(function).lower(*args).compile(compiler_options))
 
     def branch(flag: Any, *args: Any) -> Any:
         shapes = jax.eval_shape(function, *args)
         return lax.cond(flag, function, lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), *args)
 
     flag = jnp.array(True)
-    return Compiled(jax.jit(branch, keep_unused=True).lower(flag, *args).compile(compiler_options), (flag,))
+    return Compiled(jax.jit(branch).lower(flag, *args).compile(compiler_options), (flag,))
 
 
 def _compile(

@@ -390,8 +390,9 @@ class CostTable:
                 return
             if sqlite.is_busy(error) or sqlite.is_damage(error):
                 raise
-            with contextlib.suppress(sqlite3.OperationalError):
-                self._connection = sqlite.connect_to_read(self.path, self._patience)
+            with contextlib.suppress(sqlite3.OperationalError, OSError):
+                if self.path.stat().st_size:  # else the disk was full when it was made: nothing to read, or damaged
+                    self._connection = sqlite.connect_to_read(self.path, self._patience)
             if self._connection is not None:  # enough for a program that finds here all it needs
                 logger.info("%s is only read: %s", self.path, error)
                 return

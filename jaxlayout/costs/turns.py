@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
-from jaxlayout.costs.lock import opened
+from jaxlayout.costs.lock import opened, tell_once
 
 try:
     import fcntl
@@ -56,18 +56,21 @@ class NoTurn(TimeoutError):
     """There was no turn to be had in the time given, or the waiting was interrupted."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Turns:
-    """How somebody stands in line."""
+    """How somebody stands in line, turn after turn."""
 
     timeout: float = math.inf
-    """Seconds to wait for one turn; NoTurn after that."""
+    """Seconds to wait, for all turns together; NoTurn after that."""
     stop: threading.Event = field(default_factory=threading.Event)
     """NoTurn while waiting once it is set."""
     tell: Callable[[str], object] = logger.warning
-    """Called with a sentence, once in a wait, where that is long."""
+    """Called with a sentence, once, where the waiting is long."""
     waiting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered for as long as a wait takes."""
+    waited: float = field(default=0.0, init=False)
+    """Seconds, up to now."""
+    told: bool = field(default=False, init=False)
 
     @contextmanager
     def timing(self) -> Iterator[None]:
@@ -99,22 +102,23 @@ class Turns:
 
 
 class _Wait:
-    """One wait: how long, and whether that has been told."""
+    """One wait."""
 
     def __init__(self, turns: Turns):
-        self._turns, self._start, self._told = turns, time.monotonic(), False
+        self._turns, self._start = turns, time.monotonic() - turns.waited
 
     def go_on(self, who: Callable[[], str]) -> None:
         """Wait a little. Raises where the waiting has to end. `who`: is waited for."""
-        waited = time.monotonic() - self._start
-        if self._turns.stop.is_set():
+        turns = self._turns
+        turns.waited = time.monotonic() - self._start
+        if turns.stop.is_set():
             raise NoTurn("interrupted while waiting for a turn to time")
-        if waited >= self._turns.timeout:
-            raise NoTurn(f"{who()} was still timing after {self._turns.timeout:g} s")
-        if waited >= TELL_SECONDS and not self._told:
-            self._told = True
-            self._turns.tell(f"{who()} is timing: waiting for a turn, to not disturb its measurements or one's own")
-        time.sleep(min(POLL_SECONDS, self._turns.timeout - waited))
+        if turns.waited >= turns.timeout:
+            raise NoTurn(f"{who()} was still timing after {turns.timeout:g} s of waiting")
+        if turns.waited >= TELL_SECONDS and not turns.told:
+            turns.told = True
+            turns.tell(f"{who()} is timing: waiting for a turn, to not disturb its measurements or one's own")
+        time.sleep(min(POLL_SECONDS, turns.timeout - turns.waited))
 
 
 class _Line:
@@ -134,7 +138,7 @@ class _Line:
         process has in it, so there is one for all threads, closed by the last."""
         with self._lock:
             if self._users == 0:
-                self._file = opened(timing_lock_path())
+                self._file = opened(timing_lock_path)
             self._users += 1
             file = self._file
         try:
@@ -229,7 +233,7 @@ def _locked(file: int, start: int, count: int = 1, *, shared: bool = False) -> b
     except OSError as error:
         if error.errno in (errno.EAGAIN, errno.EACCES):
             return False
-        logger.warning("cannot lock (%s): going on without", error)
+        tell_once(f"cannot lock ({error}): going on without")
     return True
 
 

@@ -80,7 +80,7 @@ class AutoLayout:
         self.pure = jaxlayout.auto_layout(pure, **keywords)
         """The function of what `nnx.to_tree` makes of modules, to what it makes of those and of the results."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         with nnx.update_context(self):
             found = self._run(self.pure, args, kwargs)
             return nnx.from_tree(found, merge_fn=_merged, ctxtag=self, is_inner=False)[2]
@@ -91,16 +91,16 @@ class AutoLayout:
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"  # type: ignore[attr-defined]
 
-    def outcome(self, *args: Any, **kwargs: Any) -> Outcome:
+    def outcome(self, /, *args: Any, **kwargs: Any) -> Outcome:
         """As of `jaxlayout.AutoLayout`. Modules are left as they are."""
         with nnx.update_context(self):
             return self._run(self.pure.outcome, args, kwargs)
 
-    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+    def plan(self, /, *args: Any, **kwargs: Any) -> Plan:
         """As of `jaxlayout.AutoLayout`. Modules are left as they are."""
         return self.outcome(*args, **kwargs).plan
 
-    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+    def explain(self, /, *args: Any, **kwargs: Any) -> Explanation:
         """As of `jaxlayout.AutoLayout`. Modules are left as they are."""
         with nnx.update_context(self):
             return self._run(self.pure.explain, args, kwargs)
