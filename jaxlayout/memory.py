@@ -38,8 +38,9 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     told = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _LARGEST, _M_ARENA_MAX: 1}
-    keeps_freed_memory.cache_clear()
-    return all([mallopt(option, value) for option, value in told.items()])
+    took = all([mallopt(option, value) for option, value in told.items()])
+    keeps_freed_memory.cache_clear()  # after it: another thread may look meanwhile
+    return took
 
 
 def allocator() -> str:

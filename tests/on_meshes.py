@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from programs import Program, at_random, programs
-from test_fuzz import WAYS
+from test_fuzz import RIGHT, WAYS
 from test_retrace import assert_same, real_part
 
 from jaxlayout import auto_layout, line
@@ -26,8 +26,6 @@ from jaxlayout.program import equations
 pytestmark = pytest.mark.usefixtures("costs")
 
 SHAPE = {"data": 2, "model": 2}
-RIGHT = "right in plain JAX"
-"""What the last line says should a tuned program take the process down."""
 
 
 @st.composite

@@ -162,6 +162,10 @@ def test_any_lowering_anywhere_leaves_the_values(way: str, setting: Any, seed: i
         assert_same(program, found, wanted, exactly=program.exact and not smooth)
 
 
+RIGHT = "right in plain JAX"
+"""The last line of the script below should a tuned program take its process down."""
+
+
 @pytest.mark.parametrize("turn", range(max(1, FUZZ)))
 def test_on_meshes(turn: int):
     """In a process that has four devices (see the script)."""
@@ -173,6 +177,6 @@ def test_on_meshes(turn: int):
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     print(done.stdout)
-    if done.returncode < 0 and not done.stdout.rstrip().endswith("right in plain JAX"):
+    if done.returncode < 0 and not done.stdout.rstrip().endswith(RIGHT):
         pytest.skip("XLA took the process down over a program as it is written")
     assert done.returncode == 0, done.stderr
