@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import chain, combinations
 from typing import Any
 
@@ -52,7 +53,7 @@ class _Problem:
     """The tables: variables are the nodes' modes, then for each shared value the set of orders it exists in."""
 
     def __init__(self, graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost):
-        self.graph, self.site_ns, self.conversion_ns = graph, site_ns, conversion_ns
+        self.graph, self.site_ns, self.conversion_ns = graph, site_ns, cache(conversion_ns)
         self.sets: list[int] = []
         self.factors: list[Factor] = []
         for i, node in enumerate(graph.nodes):
