@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = arguments("races", __doc__, CASES)
     parser.add_argument("--races", type=int, default=300)
     given = parsed(parser, CASES, argv)
-    races = 2 if given.small else given.races
+    races = 1 if given.small else given.races
     stem = given.out / f"races-jax{jax.__version__}{'-small' * given.small}"
     write_rows(stem, given.cases, CASES, lambda name: run(name, races, given.small), markdown)
     return 0

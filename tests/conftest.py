@@ -16,6 +16,10 @@ from jaxlayout.costs import lock
 from jaxlayout.costs.measurement import Measurement
 from jaxlayout.costs.peaks import Peaks
 
+# Most of the suite's time is LLVM's, which optimises programs that run once. `make fuzz` has them as users have them.
+if "FUZZ" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -9,14 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from once import once
 
 from bench.models import ALL_MODELS, Model, vae
 from bench.models.common import STATISTICS, Apply, as_torch, role
 
+pytestmark = once
+
 #: at full size, where it is not logits of 1000 classes
 OUTPUTS = {"unet3d": (1, 24, 48, 48, 3), "vae3d_decoder": (1, 13, 128, 128, 3)}
 #: sides, where 32 are too many for a test
-SIDES = {"unet3d": 16, "vae3d_decoder": 4}
+SIDES = {"unet3d": 8, "vae3d_decoder": 2}
 
 
 class Run(NamedTuple):

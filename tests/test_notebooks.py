@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from once import once
 
 ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -52,7 +53,7 @@ def test_what_is_stored(path):
 
 
 @each
-@pytest.mark.skipif(sys.version_info[:2] != (3, 12), reason="takes a minute or two: on one Python only")
+@once
 def test_it_runs(path, tmp_path):
     python_path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
