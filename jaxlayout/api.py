@@ -10,6 +10,7 @@ import functools
 import inspect
 import logging
 import threading
+import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -377,13 +378,15 @@ class AutoLayout:
             return untouched(died, "failure"), None
         return outcome, first
 
-    def _may_tune(self) -> bool:
-        """Take this function's lock, waiting for another thread that has it: not longer than `lock_timeout`."""
-        longest = min(self.options.lock_timeout, threading.TIMEOUT_MAX)
-        if self._tuning.acquire(timeout=min(TELL_SECONDS, longest)):
-            return True
-        logger.warning("another thread is tuning %s: waiting for it", self._name)
-        return self._tuning.acquire(timeout=max(0.0, longest - TELL_SECONDS))
+    def _may_tune(self) -> float:
+        """Take this function's lock, waiting for another thread that has it: the seconds that took. NoTurn after
+        `lock_timeout`."""
+        start, longest = time.monotonic(), min(self.options.lock_timeout, threading.TIMEOUT_MAX)
+        if not self._tuning.acquire(timeout=min(TELL_SECONDS, longest)):
+            logger.warning("another thread is tuning %s: waiting for it", self._name)
+            if not self._tuning.acquire(timeout=max(0.0, longest - TELL_SECONDS)):
+                raise NoTurn(f"another thread was still tuning {self._name} after {self.options.lock_timeout:g} s")
+        return time.monotonic() - start
 
     def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are
@@ -432,12 +435,12 @@ class AutoLayout:
                     executor=executor,
                     progress=progress,
                     stop=stop,
+                    waited=waited,
                 )
 
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
-        if not self._may_tune():
-            raise NoTurn(f"another thread was still tuning {self._name} after {self.options.lock_timeout:g} s")
+        waited = self._may_tune()
         try:
             work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
             try:

@@ -97,6 +97,7 @@ def decide(
     executor: Executor | None = None,
     progress: Progress | None = None,
     stop: threading.Event | None = None,
+    waited: float = 0.0,
 ) -> Outcome:
     """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
 
@@ -105,9 +106,10 @@ def decide(
     it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
     `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
     A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
-    elsewhere. Raises TableMiss if asked to, ValueError for a pinned plan that does not fit, NoTurn where others timed
-    for too long; whatever else goes wrong leaves the program as it is, with the reason. Under the policy
-    'channels_last' nothing is measured, judged, or asked of the table; 'off' wins over a pinned plan.
+    elsewhere. `waited`: seconds that the call has waited for others already. Raises TableMiss if asked to, ValueError
+    for a pinned plan that does not fit, NoTurn where others timed for too long; whatever else goes wrong leaves the
+    program as it is, with the reason. Under the policy 'channels_last' nothing is measured, judged, or asked of the
+    table; 'off' wins over a pinned plan.
     """
     progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
     if options.policy == "off":
@@ -128,7 +130,8 @@ def decide(
         told, original = (compiler_options, choose_options), jaxpr if written is None else written
         if args is not None:
             shardings = [getattr(x, "sharding", None) for x in args]
-        line = _Line(Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop))
+        rest = frozen, original, shardings, executor, progress, stop, waited
+        line = _Line(Task(jaxpr, args, options, context, *told, *rest))
         if (stored := line.stored()) is not None:
             return stored
         if died := line.marker.left():
@@ -207,8 +210,6 @@ class _Line:
         self.context: Context = task.context
         self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
         self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
-        self.spender = process_budget.spender()
-        self.turns = Turns(self.options.lock_timeout, self.stop, waiting=self.spender.waiting)
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
@@ -226,8 +227,12 @@ class _Line:
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
         self.marker = Marker.of(self.table.asked, self.plans, self.key.function)
         if without is None:
+            self.spender = process_budget.spender()
+            timeout, waiting = self.options.lock_timeout, self.spender.waiting
+            self.turns = Turns(timeout, self.stop, waiting=waiting, waited=task.waited)
             self.judging = Judge(task, task.told, self.turns, self.marker)
         else:
+            self.spender, self.turns = without.spender, without.turns
             self.judging = without.judging.under(self.compiler_options)
 
     def stored(self) -> Outcome | None:

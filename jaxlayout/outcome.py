@@ -69,4 +69,4 @@ def untouched(reason: str, cause: str = "untried") -> Outcome:
 def postponed(name: str, late: Exception) -> Outcome:
     """The outcome of a call that had no turn to measure; the log says so."""
     logger.warning("%s is not tuned this time, and the next call tries again: %s", name, late)
-    return untouched(f"not tuned this time: {late}")
+    return untouched(f"not tuned this time: {late}", "failure")

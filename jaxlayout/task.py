@@ -37,6 +37,8 @@ class Task:
     executor: Executor | None
     progress: Progress
     stop: threading.Event
+    waited: float = 0.0
+    """Seconds that the call has waited for others already."""
 
     @property
     def folded(self) -> bool:

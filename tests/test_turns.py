@@ -29,6 +29,7 @@ needs_fcntl = pytest.mark.skipif(turns.fcntl is None, reason="needs fcntl")
 @pytest.fixture(autouse=True)
 def told_soon(monkeypatch):
     monkeypatch.setattr(turns, "TELL_SECONDS", 0.1)
+    monkeypatch.setattr(turns, "_line", turns._Line())
 
 
 def started(script: str) -> subprocess.Popen[str]:
@@ -91,6 +92,32 @@ def test_waiting_counts_from_turn_to_turn():
     with pytest.raises(NoTurn, match=r"after 0\.5 s of waiting"):
         turns.pause()
     assert len(told) == 1
+    go_on(other)
+
+
+@needs_fcntl
+def test_nobody_waits_again_for_what_has_just_been_waited_for_in_vain():
+    """As would one derived convolution after another."""
+    other, start = timing(), time.monotonic()
+    assert "after 1 s of waiting" in refused(Turns(1.0).pause)
+    waited = time.monotonic() - start
+    for timeout in (1.0, 0.5):
+        assert "in vain" in refused(Turns(timeout).pause) and "in vain" in refused(Turns(timeout).timing().__enter__)
+    assert time.monotonic() - start < waited + 0.9
+    with soon(lambda: go_on(other)), Turns(60).timing():  # who has more patience does
+        pass
+    other, start = timing(), time.monotonic()
+    assert "after 0.3 s of waiting" in refused(Turns(0.3).pause)  # and now it is another who times
+    assert time.monotonic() - start > 0.2
+    go_on(other)
+
+
+@needs_fcntl
+def test_what_a_call_has_waited_counts_for_all_of_it():
+    """For another thread, and under compiler options on trial."""
+    other, start = timing(), time.monotonic()
+    assert "after 2 s of waiting" in refused(Turns(2.0, waited=1.8).pause)
+    assert time.monotonic() - start < 1.5
     go_on(other)
 
 
@@ -273,11 +300,13 @@ def test_time_spent_waiting_can_be_told_from_time_spent():
             spans.append(time.monotonic() - start)
 
     def others() -> Turns:
-        return Turns(0.2, waiting=waiting)
+        return Turns(timeout, waiting=waiting)
 
+    timeout = 0.2
     others().pause()
     with Turns().timing():
         in_a_thread(lambda: refused(others().pause))
+        timeout = 0.3
         in_a_thread(lambda: refused(lambda: others().timing().__enter__()))
     assert len(spans) == 2 and min(spans) > 0.1
 
@@ -321,7 +350,8 @@ def test_a_call_without_a_turn_goes_on_and_the_next_tries_again(freeze, caplog):
         caplog.clear()
         np.testing.assert_allclose(f(*args), depthwise(x, k))
         assert f"depthwise is not tuned this time, and the next call tries again: process {other.pid}" in caplog.text
-    assert f.outcome(*args).verdict.reason.startswith(f"not tuned this time: process {other.pid} was still timing")
+    verdict = f.outcome(*args).verdict
+    assert verdict.reason.startswith(f"not tuned this time: process {other.pid} ") and verdict.cause == "failure"
     assert f.trace(*args) is not None
     caplog.clear()
     np.testing.assert_allclose(jax.jit(f)(*args), depthwise(x, k))  # traced: it stays so

@@ -61,14 +61,15 @@ class Turns:
     """How somebody stands in line, turn after turn."""
 
     timeout: float = math.inf
-    """Seconds to wait, for all turns together; NoTurn after that."""
+    """Seconds to wait, for all turns together; NoTurn after that, and for as long again at once: who comes next would
+    wait in vain, too."""
     stop: threading.Event = field(default_factory=threading.Event)
     """NoTurn while waiting once it is set."""
     tell: Callable[[str], object] = logger.warning
     """Called with a sentence, once, where the waiting is long."""
     waiting: Callable[[], AbstractContextManager[object]] = nullcontext
     """Entered for as long as a wait takes."""
-    waited: float = field(default=0.0, init=False)
+    waited: float = 0.0
     """Seconds, up to now."""
     told: bool = field(default=False, init=False)
 
@@ -114,7 +115,10 @@ class _Wait:
         if turns.stop.is_set():
             raise NoTurn("interrupted while waiting for a turn to time")
         if turns.waited >= turns.timeout:
+            _line.given_up(turns.timeout)
             raise NoTurn(f"{who()} was still timing after {turns.timeout:g} s of waiting")
+        if _line.in_vain(turns.timeout):
+            raise NoTurn(f"{who()} is timing, and a call has just waited for {turns.timeout:g} s in vain")
         if turns.waited >= TELL_SECONDS and not turns.told:
             turns.told = True
             turns.tell(f"{who()} is timing: waiting for a turn, to not disturb its measurements or one's own")
@@ -127,6 +131,8 @@ class _Line:
     def __init__(self) -> None:
         self.owner: int | None = None
         """The thread that is timing."""
+        self._vain = 0.0, 0.0
+        """Until when who has no more than so many seconds need not wait: that has just been tried."""
         self._queue: deque[object] = deque()
         self._lock = threading.Lock()
         self._file: int | None = None
@@ -196,10 +202,20 @@ class _Line:
             if file is not None and not (_locked(file, TICKETS, mine) and _locked(file, TIMING)):
                 return False
             self.owner = threading.get_ident()
+        self._vain = 0.0, 0.0
         if file is not None:
             with contextlib.suppress(OSError):
                 os.pwrite(file, f"{os.getpid():<20}".encode(), HOLDER)
         return True
+
+    def given_up(self, seconds: float) -> None:
+        """Somebody has waited for so long in vain."""
+        self._vain = time.monotonic() + seconds, seconds
+
+    def in_vain(self, seconds: float) -> bool:
+        """Whether that is as good as known of a wait that may last so long."""
+        until, tried = self._vain
+        return seconds <= tried and time.monotonic() < until
 
     def is_quiet(self, file: int | None) -> bool:
         """Whether nobody is timing."""
