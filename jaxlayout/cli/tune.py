@@ -28,8 +28,9 @@ example, with a file model.py:
 From then on any process of this user that calls auto_layout(predict) with arguments of these types plans from the
 table; plan.json serves where there is no table: auto_layout(predict, plan=jaxlayout.Plan.load("plan.json")).
 
-exit codes: 0 if the rewritten function is kept or there is nothing to gain, 1 if tuning failed, its numbers do not agree
-with the original's, or others timed for longer than --lock-timeout, 130 after Ctrl-C: what was measured is in the table."""
+exit codes: 0 if the rewritten function is kept or there is nothing to gain, 1 if tuning failed, its numbers do not
+agree with the original's, or others timed for longer than --lock-timeout, 130 after Ctrl-C: what was measured is in the
+table."""
 
 EXPLAIN = f"""\
 {HOW}
