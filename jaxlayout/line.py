@@ -63,7 +63,7 @@ OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experime
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
 0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
 
-FORGET = "`jaxlayout table prune --older-than 0` forgets that, with all that was measured"
+FORGET = "`jaxlayout table prune --plans` forgets that, with all other plans, and keeps what was measured"
 """What to do about a program that is not tried again without its fault."""
 
 

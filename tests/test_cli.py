@@ -488,6 +488,16 @@ def test_prune_removes_other_environments(two, capsys):
     assert {row[0] for row in look(two)[0]["measurements"]} == {here, f"{here}-relaxed", "c3"}
 
 
+def test_prune_of_plans_alone(two, capsys):
+    with CostTable(two) as table:
+        table.store_plan("plans", "a function", "skeleton", "[]", "{}")
+    measured = look(two)[0]["measurements"]
+    assert "1 plans" in printed(capsys, "table", "prune", "--plans")
+    rows = look(two)[0]
+    assert rows["measurements"] == measured and not [row for row in rows["plans"] if row[0] == "plans"]
+    assert "nothing to remove" in printed(capsys, "table", "prune", "--plans")
+
+
 def test_prune_by_age(two, capsys, monkeypatch):
     assert "removed" not in printed(capsys, "table", "prune", "--older-than", "1")
     now = time.time()

@@ -540,7 +540,7 @@ def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_pa
             assert "was run for the first time: it is not tried again" in outcome.verdict.reason
             np.testing.assert_array_equal(tuned(*arguments()), jax.jit(net)(*arguments()))
             assert not markers(tmp_path)
-    assert caplog.text.count("`jaxlayout table prune --older-than 0` forgets that") == 1
+    assert caplog.text.count("`jaxlayout table prune --plans` forgets that") == 1
 
 
 class Unsuspected(planted.Aborts):

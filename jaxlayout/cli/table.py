@@ -53,6 +53,9 @@ example:
 An environment here is versions, device, processor and its cores; what was measured on the present one stays, whatever
 the XLA_FLAGS and settings of JAX and of malloc. Where a table does not say what an environment was (it is from before
 it did), its records stay, but for --unknown.
+
+With --plans it forgets what was decided of whole functions, and no measurement: also that a process ended while one was
+run for the first time, after which that is not tried again.
 """
 PATH = """\
 example:
@@ -83,6 +86,8 @@ def add_to(commands: Any) -> None:
     prune = action("prune", _prune, "Remove what was measured in other environments than the present one.", PRUNE)
     text = "instead: remove environments that nothing was written to for so long, the present one too"
     prune.add_argument("--older-than", type=float, metavar="DAYS", help=text)
+    text = "instead: remove all plans and verdicts, and keep what was measured: functions are planned and judged anew"
+    prune.add_argument("--plans", action="store_true", help=text)
     prune.add_argument("--unknown", action="store_true", help="remove those too of which the table does not say what")
     prune.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     action("path", _path, "Print the path of the table's file, whether it is there or not.", PATH, prints_data=False)
@@ -144,7 +149,9 @@ def _prune(given: argparse.Namespace) -> int:
     _, rows, _ = looked(given)
     found = holdings(rows)
     known = [holding for holding in found if holding.environment is not None]
-    if given.older_than is not None:
+    if given.plans:  # what is decided has environments of its own
+        gone = [holding for holding in found if holding.plans and not holding.measurements]
+    elif given.older_than is not None:
         oldest = time.time() - given.older_than * DAY
         gone = [holding for holding in known if holding.written is not None and holding.written < oldest]
     else:
@@ -164,7 +171,7 @@ def _prune(given: argparse.Namespace) -> int:
         what = "would remove" if given.dry_run else "removed"
         print_text(f"{what} {counted(together)}: {in_words(together[0])}")
     unknown = len(found) - len(known)
-    if unknown and not given.unknown:
+    if unknown and not given.unknown and not given.plans:
         print_text(f"kept {unknown} environments of which the table does not say what they are (see --unknown)")
     elif not gone:
         print_text("nothing to remove")
