@@ -215,6 +215,20 @@ def check_unseen():
     close(both(tuned)(x, k), expected)  # its batched convolution was wrong by `phases/groups/xla`
 
 
+def check_products():
+    """`phases/xla` would make a grouped product of matrices of this, over which XLA ends the process."""
+    global FAVOURITES
+    FAVOURITES = ("phases/xla",)
+
+    def transposed(x, k):
+        return lax.conv_general_dilated(x, k, (1, 2), [(0, 1)] * 2, (2, 2), None, ("NHWC", "HWIO", "NHWC"), 2)
+
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    x, k = normal(15, 4, 5, 4, 2), normal(16, 1, 1, 1, 4)
+    divided = [jax.device_put(a, NamedSharding(mesh, P(None, None, None, "data"))) for a in (x, k)]
+    close(auto_layout(transposed, table=":memory:", **OPTIONS)(*divided), jax.jit(transposed)(x, k))
+
+
 def check_types():
     """Where types say how arrays are divided, what is derived keeps to it, whatever it is computed by."""
     global FAVOURITES
@@ -282,6 +296,7 @@ if __name__ == "__main__":
     check_forms()
     check_the_guard()
     check_explicit()
+    check_products()
     check_unseen()
     check_types()
     check_placements()

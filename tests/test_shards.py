@@ -195,6 +195,31 @@ def test_forms_that_xla_gets_wrong_in_pieces_are_no_candidates():
         assert right == (["xla", "planes/xla", "im2col"] if dims.lhs == dims.out else ["im2col"])
 
 
+def test_grouped_products_of_matrices_are_nowhere_made_of_divided_convolutions():
+    """XLA's partitioner ends the process over them, or gives wrong numbers, where features are divided."""
+
+    def right(shape, kernel, **params):
+        lhs, rhs, rank = jnp.zeros(shape), jnp.zeros(kernel), len(shape) - 2
+        fun = lambda x, k: lax.conv_general_dilated(x, k, (1,) * rank, [(0, 0)] * rank, **params)  # noqa: E731
+        (eqn,) = jax.make_jaxpr(fun)(lhs, rhs).eqns
+        full = ConvSignature.of(lhs, rhs, eqn.params)
+        last = ConvDimensionNumbers.channels_last(rank)
+        names = "xla", "phases/xla", "phases/groups/dot", "shifted", *(("planes/xla",) if rank == 3 else ())
+        return {name for name in names if lowering_named(name).divisible(full, last)}
+
+    ours = {"phases/groups/dot", "shifted"}
+    assert right((2, 4, 6, 6), (8, 2, 1, 1), feature_group_count=2) & {"xla", *ours} == ours
+    assert right((2, 4, 3, 6), (8, 2, 3, 1), feature_group_count=2) & {"xla", "shifted"} == {"shifted"}
+    assert right((2, 4, 6, 6), (8, 4, 1, 1), batch_group_count=2) & {"xla"} == set()
+    assert right((2, 4, 6, 6), (8, 2, 3, 3), feature_group_count=2) >= {"xla", *ours}
+    assert right((2, 4, 6, 6), (8, 4, 1, 1)) >= {"xla", *ours}
+    dilated = right((2, 4, 6, 6), (8, 2, 1, 1), feature_group_count=2, lhs_dilation=(2, 2))
+    assert dilated >= ours and "phases/xla" not in dilated
+    assert "phases/xla" in right((2, 4, 6, 6), (8, 2, 3, 3), feature_group_count=2, lhs_dilation=(2, 2))
+    assert "planes/xla" not in right((2, 4, 6, 6, 6), (8, 2, 3, 1, 1), feature_group_count=2)
+    assert right((2, 4, 6, 6, 6), (8, 2, 3, 3, 3), feature_group_count=2) >= {"xla", "planes/xla", *ours}
+
+
 def test_other_equations_and_conversions():
     def f(x, w):
         return jnp.einsum("nchw,co->nohw", x, w)

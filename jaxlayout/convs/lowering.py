@@ -83,8 +83,10 @@ class Lowering(ABC):
     def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
         """Whether XLA computes it rightly where it divides arrays among devices. Its partitioner goes wrong on some
         convolutions whose out is laid out otherwise than lhs: in jaxlib 0.10 to 0.12, with wrong numbers or an error of
-        the compiler, where feature groups or positions of a dilated lhs are divided (`bench.partitioner`)."""
-        return not self.convolves or dims.lhs == dims.out
+        the compiler, where feature groups or positions of a dilated lhs are divided (`bench.partitioner`). With the
+        features divided of a grouped one that is a product of matrices, it gives wrong numbers, or corrupts memory and
+        ends the process: such a convolution stays as it is written."""
+        return not self.convolves or (dims.lhs == dims.out and not (conv.is_grouped and conv.is_product))
 
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings that it makes of itself in these layouts: one, or none where it is not native."""

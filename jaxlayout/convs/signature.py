@@ -173,6 +173,18 @@ class ConvSignature:
         return any(min(edges) < 0 < max(edges) for edges in known)
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether it has several groups, of features or of images."""
+        return self.feature_groups > 1 or self.batch_groups > 1
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a product of matrices, or in each group one: no tap of the kernel has to do with more than one
+        position of lhs along any axis, or the whole axis gives one position of out."""
+        axes = zip(self.spatial, self.kernel, self.out_spatial, strict=True)
+        return all(1 in sizes for sizes in axes)
+
+    @property
     def kept(self) -> tuple[tuple[int, int], ...]:
         """Along each spatial axis, from where to where lhs is left by negative padding."""
         cuts = [[max(0, -(edge // d)) for edge in edges] for edges, d in self._edges]

@@ -4,6 +4,7 @@ once. The minimum over such a sparse sum of small tables is found exactly (see m
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ def solve(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost) 
     return replace(
         plan_of(graph, modes),
         predicted_ns=solution.cost - RELUCTANCE * changed,
-        written_ns=sum(problem.mode_ns(node, node.modes[0]) for node in graph.nodes),
+        written_ns=math.fsum(problem.mode_ns(node, node.modes[0]) for node in graph.nodes),  # as `minimise` adds
         bound_ns=max(0.0, solution.bound - RELUCTANCE * changed),
         exact=solution.exact,
     )
