@@ -95,7 +95,7 @@ def connect(
     uri: str, timeout: float = 0.0, path: pathlib.Path | None = None, salvage: bool = False
 ) -> sqlite3.Connection:
     """A connection to a cost table. `path`: its file, if it may be written; an empty one gets the schema."""
-    connection = sqlite3.connect(uri, timeout, uri=True, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(uri, timeout=timeout, uri=True, isolation_level=None, check_same_thread=False)
     try:
         # A flipped byte may leave no UTF-8. The checksum refuses that record; an error would stop them all.
         connection.text_factory = lambda data: data.decode("utf-8", "replace")
