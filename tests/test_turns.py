@@ -101,7 +101,8 @@ def test_nobody_waits_again_for_what_has_just_been_waited_for_in_vain():
     other, start = timing(), time.monotonic()
     assert "after 1 s of waiting" in refused(Turns(1.0).pause)
     waited = time.monotonic() - start
-    for timeout in (1.0, 0.5):
+    refused(Turns(0).pause)  # which says nothing
+    for timeout in (0.5, 1.0):
         assert "in vain" in refused(Turns(timeout).pause) and "in vain" in refused(Turns(timeout).timing().__enter__)
     assert time.monotonic() - start < waited + 0.9
     with soon(lambda: go_on(other)), Turns(60).timing():  # who has more patience does

@@ -210,7 +210,8 @@ class _Line:
 
     def given_up(self, seconds: float) -> None:
         """Somebody has waited for so long in vain."""
-        self._vain = time.monotonic() + seconds, seconds
+        if not self.in_vain(seconds):  # else somebody with more patience has
+            self._vain = time.monotonic() + seconds, seconds
 
     def in_vain(self, seconds: float) -> bool:
         """Whether that is as good as known of a wait that may last so long."""
