@@ -8,7 +8,7 @@ import os
 from hypothesis import HealthCheck, settings
 
 FUZZ = int(os.environ.get("FUZZ", "0"))
-SHARE = 3
+SHARE = 4
 """Of what a test draws at FUZZ=1, the suite draws one in so many."""
 
 

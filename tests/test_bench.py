@@ -189,6 +189,7 @@ def test_errors_of_gradients_that_are_rounding_alone():
     assert corpus.apart((loss, exact), (loss, out), True) == pytest.approx(1e-9)
 
 
+@once
 def test_gpu_on_a_cpu(tmp_path):
     names = ["dense3x3", "nchw_scan"]
     assert gpu.main([*names, "--platform", "cpu", "--small", *told(tmp_path)]) == 0
