@@ -378,7 +378,7 @@ class AutoLayout:
             return untouched(died, "failure"), None
         return outcome, first
 
-    def _may_tune(self) -> float:
+    def _wait_to_tune(self) -> float:
         """Take this function's lock, waiting for another thread that has it: the seconds that took. NoTurn after
         `lock_timeout`."""
         start, longest = time.monotonic(), min(self.options.lock_timeout, threading.TIMEOUT_MAX)
@@ -440,7 +440,7 @@ class AutoLayout:
 
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.
-        waited = self._may_tune()
+        waited = self._wait_to_tune()
         try:
             work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
             try:

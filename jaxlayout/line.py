@@ -130,8 +130,9 @@ def decide(
         told, original = (compiler_options, choose_options), jaxpr if written is None else written
         if args is not None:
             shardings = [getattr(x, "sharding", None) for x in args]
-        rest = frozen, original, shardings, executor, progress, stop, waited
-        line = _Line(Task(jaxpr, args, options, context, *told, *rest))
+        line = _Line(
+            Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop, waited)
+        )
         if (stored := line.stored()) is not None:
             return stored
         if died := line.marker.left():

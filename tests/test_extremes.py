@@ -106,14 +106,12 @@ def with_gradient(f: Callable[..., Any]) -> Callable[..., Any]:
     return both
 
 
-def pair(f: Callable[..., Any], *args: Any, quickly: bool = False) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The tuned function and the plain one; some of the former's convolutions are no longer XLA's. `quickly`: compiled
-    so, rather than well."""
-    options = {"xla_backend_optimization_level": 0} if quickly else None
-    tuned = auto_layout(f, compiler_options=options)
+def pair(f: Callable[..., Any], *args: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The tuned function and the plain one; some of the former's convolutions are no longer XLA's."""
+    tuned = auto_layout(f)
     used = {mode.candidate.lowering for mode in tuned.plan(*args).choices.values() if mode.candidate}
     assert len(used - {"xla"}) > 3
-    return tuned, jax.jit(f, compiler_options=options)
+    return tuned, jax.jit(f)
 
 
 def wide(x: Any) -> np.ndarray:
@@ -250,7 +248,7 @@ def test_cancellation():
 )
 def test_empty_and_unit_axes(sizes):
     args = arguments(**sizes)
-    tuned, plain = pair(with_gradient(net), *args, quickly=True)
+    tuned, plain = pair(with_gradient(net), *args)
     assert_close(tuned(*args), plain(*args))
 
 
@@ -259,7 +257,7 @@ def test_dtypes(dtype):
     with jax.enable_x64(dtype == "float64"):
         args = arguments(dtype=np.dtype(jnp.dtype(dtype)))
         f = partial(net, normal=dtype in ("float64", "bfloat16", "float16"))
-        tuned, plain = pair(with_gradient(f) if dtype in ("float64", "bfloat16") else f, *args, quickly=True)
+        tuned, plain = pair(with_gradient(f) if dtype in ("float64", "bfloat16") else f, *args)
         assert_close(tuned(*args), plain(*args))
 
 
@@ -287,7 +285,7 @@ def test_mixed_dtypes():
             y = jnp.clip(total // 64, -127, 127).astype(jnp.int8)
         return wide, y.astype(jnp.float32) / 64
 
-    tuned, plain = pair(mixed, params, x, quickly=True)
+    tuned, plain = pair(mixed, params, x)
     assert_close(tuned(params, x), plain(params, x), least=0.05)
-    tuned, plain = pair(quantised, params, x, quickly=True)
+    tuned, plain = pair(quantised, params, x)
     jax.tree.map(np.testing.assert_array_equal, tuned(params, x), plain(params, x))

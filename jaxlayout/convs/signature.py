@@ -179,10 +179,9 @@ class ConvSignature:
 
     @property
     def is_product(self) -> bool:
-        """Whether it is a product of matrices, or in each group one: no tap of the kernel has to do with more than one
-        position of lhs along any axis, or the whole axis gives one position of out."""
-        axes = zip(self.spatial, self.kernel, self.out_spatial, strict=True)
-        return all(1 in sizes for sizes in axes)
+        """Whether each group is a product of matrices, but for strides, padding and dilation: along each axis there is
+        one position of lhs, one tap of the kernel, or one position of out."""
+        return all(1 in sizes for sizes in zip(self.spatial, self.kernel, self.out_spatial, strict=True))
 
     @property
     def kept(self) -> tuple[tuple[int, int], ...]:

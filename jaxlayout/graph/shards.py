@@ -113,7 +113,7 @@ def of_convolution(
     numbers = params["dimension_numbers"]
     batch, features = (lhs[axis] for axis in numbers.lhs_spec[:2])
     outs, ins = (rhs[axis] for axis in numbers.rhs_spec[:2])
-    plain = conv.feature_groups == conv.batch_groups == 1
+    plain = not conv.is_grouped
     images = batch if conv.batch_groups == 1 else ()
     summed = features if features == ins and conv.feature_groups == 1 else ()
     grouped = features if conv.feature_groups > 1 else batch if conv.batch_groups > 1 else ()

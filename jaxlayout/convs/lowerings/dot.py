@@ -28,7 +28,7 @@ class Dot(Lowering):
     any_kernel = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        if not (conv.is_pointwise and conv.feature_groups == conv.batch_groups == 1):
+        if not (conv.is_pointwise and not conv.is_grouped):
             return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)
         for lhs, out in dict.fromkeys(((last, last), (first, first), (first, last), (last, first))):

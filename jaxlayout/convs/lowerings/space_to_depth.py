@@ -33,7 +33,7 @@ class SpaceToDepth(Composite):
     relaxed = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        plain = conv.feature_groups == conv.batch_groups == 1 and conv.in_features <= MAX_FEATURES
+        plain = not conv.is_grouped and conv.in_features <= MAX_FEATURES
         if not (plain and 1 <= conv.rank <= 3 and all(d == 1 for d in (*conv.lhs_dilation, *conv.rhs_dilation))):
             return
         step = conv.strides[0]

@@ -33,7 +33,7 @@ class TapDots(Lowering):
     rereads = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        plain = conv.feature_groups == conv.batch_groups == 1 and all(d == 1 for d in conv.lhs_dilation)
+        plain = not conv.is_grouped and all(d == 1 for d in conv.lhs_dilation)
         if not plain or min(math.prod(conv.kernel), math.prod(conv.out_spatial)) > MAX_DOTS or conv.is_pointwise:
             return
         if conv.is_kernel_gradient:

@@ -28,7 +28,7 @@ class WidePlanes(Composite):
     name = "wide_planes"
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        plain = conv.rank == 3 and conv.feature_groups == conv.batch_groups == 1 and not conv.is_kernel_gradient
+        plain = conv.rank == 3 and not conv.is_grouped and not conv.is_kernel_gradient
         if plain and conv.strides[0] == conv.lhs_dilation[0] == 1 and 2 <= conv.kernel[0] <= MAX_PLANES:
             yield ConvDimensionNumbers.channels_last(3)
 

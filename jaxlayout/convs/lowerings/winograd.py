@@ -46,7 +46,7 @@ class Winograd(Lowering):
     a: ClassVar[Matrix]
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        plain = conv.feature_groups == conv.batch_groups == 1 and conv.kernel == (3, 3)
+        plain = not conv.is_grouped and conv.kernel == (3, 3)
         if not plain or any(n != 1 for n in (*conv.strides, *conv.lhs_dilation, *conv.rhs_dilation)):
             return
         if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in (conv.lhs_dtype, conv.rhs_dtype, conv.out_dtype)):
