@@ -29,7 +29,7 @@ test: lint typecheck  ## the whole check
 
 FUZZ ?= 10
 fuzz: $(VENV)/installed-test  ## drawn programs, 4 x FUZZ times as many as in the suite and others each time, and accuracy, compiled as users have it
-	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 $(addprefix tests/test_,$(addsuffix .py,fuzz retrace transformations solve lowerings relaxed_lowerings crossing primitive layout accuracy extremes)) --hypothesis-show-statistics $(ARGS)
+	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 -o faulthandler_timeout=7260 $(addprefix tests/test_,$(addsuffix .py,fuzz retrace transformations solve lowerings relaxed_lowerings crossing primitive layout accuracy extremes)) --hypothesis-show-statistics $(ARGS)
 
 lint: $(VENV)/installed-test
 	$(RUN) ruff check
