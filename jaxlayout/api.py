@@ -49,6 +49,7 @@ from jaxlayout.processes import agreed, all_take_part
 from jaxlayout.progress import progress_bar
 from jaxlayout.report import Explanation, explain
 from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.settings import is_plain
 from jaxlayout.threads import apart, default_device, device_of, is_real, one_device
 from jaxlayout.wrapped import (
     NOT_NESTED,
@@ -323,8 +324,7 @@ class AutoLayout:
         fun = self._fun
 
         def body(*args: Any, **kwargs: Any) -> Any:
-            config: Any = jax.config
-            if config.jax_disable_jit or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
+            if is_plain() or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]

@@ -36,6 +36,7 @@ from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
+from jaxlayout.settings import is_plain
 from jaxlayout.threads import Workers, device_of, is_real
 from jaxlayout.wrapped import NOT_NESTED, forget, jit_settings, program_of
 
@@ -150,13 +151,12 @@ class Frozen:
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Prepared | None, list[Any]]:
         """What is prepared for such arguments, made if need be, and their leaves; None where nothing can be."""
-        config: Any = jax.config
         leaves, tree = jax.tree.flatten((args, kwargs))
         if tree not in self._static:
             self._refuse_again(len(args), kwargs)
             self._static[tree] = self._marked("static", args, kwargs, self._count)
         static = self._static[tree]
-        plain = config.jax_disable_jit or self._layout.options.policy == "off" or inside() == "tuning"
+        plain = is_plain() or self._layout.options.policy == "off" or inside() == "tuning"
         if self._is_traced or plain:
             return None, []
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]

@@ -70,6 +70,13 @@ def under(settings: Mapping[str, Any]) -> Iterator[None]:
         yield
 
 
+def is_plain() -> bool:
+    """Whether functions are left to JAX as they are: where it is told to run them step by step, and where it computes
+    constants at once. Then jax 0.10 compiles some while it lowers a program, which it may not come back from."""
+    config: Any = jax.config
+    return config.jax_disable_jit or config.eager_constant_folding
+
+
 def of_ours(*, wide: bool) -> AbstractContextManager[None]:
     """A `with` block in which code of ours is traced. `wide`: it is for 64-bit dtypes, which there are only then."""
     return under(TRACED | {"jax_enable_x64": wide})
