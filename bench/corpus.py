@@ -34,10 +34,10 @@ from bench.networks import errors_from, in_float64, normal
 from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.timing import first_call, paired
 from jaxlayout import auto_layout
-from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.runtime._compat import open_jaxpr
 
 PAIRS, SECONDS = 61, 7.0
 """At most so many pairs, in about so long."""

@@ -18,7 +18,7 @@ from rich.console import Console
 from bench.models import MODELS
 from bench.timing import paired
 from jaxlayout import auto_layout
-from jaxlayout.program import count_transposes
+from jaxlayout.graph.program import count_transposes
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,13 +32,13 @@ from bench.roofline import Peaks, peaks
 from bench.rows import compared, write_rows
 from bench.timing import paired
 from jaxlayout import AutoLayout, Candidate, Outcome, auto_layout
-from jaxlayout._compat import eval_equations
 from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import ConvSignature, written_order
-from jaxlayout.costs.measure import candidate_id
+from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvLayout, KernelLayout
-from jaxlayout.program import equations
+from jaxlayout.measure.jobs import candidate_id
+from jaxlayout.measure.reference import reference
+from jaxlayout.runtime._compat import eval_equations
 
 SECONDS = 20.0
 """About how long the pairs of one case may take."""

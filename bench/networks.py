@@ -27,14 +27,15 @@ from jax import lax
 from bench.models import MODELS
 from bench.rows import compared, write_rows
 from bench.timing import first_call, paired
-from jaxlayout import Candidate, Options, auto_layout, line
+from jaxlayout import Candidate, Options, auto_layout
 from jaxlayout.convs.candidates import candidates
-from jaxlayout.costs.measure import measure
-from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import count_transposes
 from jaxlayout.graph.solve import solve
-from jaxlayout.program import count_transposes
+from jaxlayout.measure.jobs import measure
+from jaxlayout.tuning import line
+from jaxlayout.tuning.model import CostModel
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
 """Builds a function and its arguments."""

@@ -30,9 +30,9 @@ from bench.networks import cost_model
 from bench.rows import Row, arguments, parsed, write_rows
 from bench.timing import CORES, in_turn, middle
 from jaxlayout import Plan, auto_layout
-from jaxlayout.costs.measure import measure
-from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import LayoutGraph, build_graph
+from jaxlayout.measure.jobs import measure
+from jaxlayout.tuning.model import CostModel
 
 CASES = ("mobilenet_v2", "mobilenet_v2_nchw", "resnet50", "efficientnet_b0", "vae3d_decoder")
 ROUNDS = 9

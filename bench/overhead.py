@@ -27,8 +27,8 @@ from bench.models import MODELS
 from bench.networks import restricted_plan
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import candidates
-from jaxlayout.costs import contained
 from jaxlayout.graph.build import build_graph
+from jaxlayout.measure import contained
 
 BLOCKS, CALLS = 400, 200
 STARTS = 5

@@ -3,9 +3,10 @@
     python -m bench.races [case ...] [--races 300] [--small] [--out bench/results]
 
 Writes races-jax<version>.json and .md into --out; where cases are named, the others' rows stay. In each race two
-programs, compiled anew, are timed by what decides whether a rewritten function is kept (`jaxlayout.race`). A program is
-STEPS products of matrices, one after the other: `short` of small ones, `long` of larger ones. In `same` both sides are
-one compiled program, in `twice` it is compiled twice, and in `faster` the first has 5% more products than the second.
+programs, compiled anew, are timed by what decides whether a rewritten function is kept (`jaxlayout.verify.race`). A
+program is STEPS products of matrices, one after the other: `short` of small ones, `long` of larger ones. In `same` both
+sides are one compiled program, in `twice` it is compiled twice, and in `faster` the first has 5% more products than the
+second.
 Columns: how many of the races the second program won, and so would have been kept; what is aimed at, 5% at most where
 the two are equal, 90% at least where the second is faster; milliseconds of a call; the median of the races' ratios, and
 half the interquartile range of the pairs in one; pairs and seconds that a race took, the median and the most.
@@ -23,9 +24,9 @@ from jax import lax
 
 from bench.rows import Row, arguments, parsed, write_rows
 from bench.timing import CORES
-from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.measure import Compiled, compile_in
-from jaxlayout.race import race
+from jaxlayout.measure.environment import current_environment
+from jaxlayout.measure.jobs import Compiled, compile_in
+from jaxlayout.verify.race import race
 
 STEPS = 100
 SIDES = {"short": 64, "long": 192}

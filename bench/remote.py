@@ -37,11 +37,11 @@ from jax import lax
 from bench.rows import Row, write_rows
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.measure import Job, conv_job, measure, transpose_job
-from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
-from jaxlayout.costs.turns import Turns
-from jaxlayout.threads import default_device
+from jaxlayout.measure.environment import current_environment
+from jaxlayout.measure.jobs import Job, conv_job, measure, transpose_job
+from jaxlayout.measure.remote import Reply, Request, measure_elsewhere
+from jaxlayout.measure.turns import Turns
+from jaxlayout.runtime.threads import default_device
 
 ASLEEP = 0.05
 DIMS = "NCHW,OIHW->NCHW"

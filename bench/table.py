@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.rows import Row, write_rows
-from jaxlayout.costs.contents import holdings
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.table import CostTable, look
+from jaxlayout.table.contents import holdings
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.table import CostTable, look
 
 ENVIRONMENTS, CANDIDATES, MEASUREMENTS_A_PLAN = 50, 12, 100
 PLAN_BYTES = 20_000

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from jaxlayout.timing import Paired, lasting, paired, sample
+from jaxlayout.runtime.timing import Paired, lasting, paired, sample
 
 __all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
 

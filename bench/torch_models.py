@@ -19,7 +19,7 @@ from torch import nn
 from bench.models import Model, convnext, efficientnet, mobilenet, resnet, unet, vae
 from bench.models.common import STATISTICS, Params, as_torch, role
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -1,6 +1,7 @@
 """What `import jaxlayout` offers, from where it is."""
 
-from jaxlayout.api import AutoLayout, auto_layout, tune
+from jaxlayout.api.decorator import AutoLayout, auto_layout, tune
+from jaxlayout.api.frozen import Frozen
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.functional import (
     conv1d_auto_layout,
@@ -10,8 +11,6 @@ from jaxlayout.convs.functional import (
 )
 from jaxlayout.convs.lowering import Composite, Lowering, register_lowering
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.table import CostTable, TableWarning
-from jaxlayout.frozen import Frozen
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Labelling, Orders, Rule, register_rule
 from jaxlayout.graph.sequence import select_layout_for_sequence
@@ -23,11 +22,12 @@ from jaxlayout.layout import (
     LayoutTensor,
     LazyLayoutTensor,
 )
-from jaxlayout.line import TableMiss
-from jaxlayout.memory import keep_freed_memory
-from jaxlayout.options import Options
-from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
+from jaxlayout.runtime.memory import keep_freed_memory
+from jaxlayout.table.table import CostTable, TableWarning
+from jaxlayout.tuning.line import TableMiss
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.outcome import Outcome
 
 __all__ = [
     "AutoLayout",

@@ -9,12 +9,12 @@ import tempfile
 
 import pytest
 
-from jaxlayout import line
-from jaxlayout.accept import Verdict
-from jaxlayout.budget import Budget
-from jaxlayout.costs import lock
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.peaks import Peaks
+from jaxlayout.measure.peaks import Peaks
+from jaxlayout.runtime import lock
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.tuning import line
+from jaxlayout.tuning.budget import Budget
+from jaxlayout.verify.accept import Verdict
 
 # Most of the suite's time is LLVM's, which optimises programs that run once. `make fuzz` has them as users have them.
 if "FUZZ" not in os.environ:

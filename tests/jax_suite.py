@@ -18,10 +18,11 @@ from typing import Any
 from jax import lax
 from programs import at_random
 
-from jaxlayout import auto_layout, line
-from jaxlayout.accept import Verdict
+from jaxlayout import auto_layout
 from jaxlayout.convs import primitive
 from jaxlayout.convs.lowering import evaluate
+from jaxlayout.tuning import line
+from jaxlayout.verify.accept import Verdict
 
 SEED = int(os.environ.get("SEED", "0"))
 

@@ -12,12 +12,13 @@ from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlayout import auto_layout, line
-from jaxlayout.accept import collectives, more_collectives
+from jaxlayout import auto_layout
 from jaxlayout.convs.primitive import tuned_conv
-from jaxlayout.costs.measurement import Measurement
 from jaxlayout.graph import build
 from jaxlayout.layout import ConvDimensionNumbers
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.tuning import line
+from jaxlayout.verify.accept import collectives, more_collectives
 
 KEYS: set[str] = set()
 FAVOURITES: tuple[str, ...] = ("xla",)

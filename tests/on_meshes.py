@@ -18,10 +18,11 @@ from programs import Program, at_random, programs
 from test_fuzz import RIGHT, WAYS
 from test_retrace import assert_same, real_part
 
-from jaxlayout import auto_layout, line
+from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.tuning import line
 
 pytestmark = pytest.mark.usefixtures("costs")
 

@@ -23,13 +23,13 @@ from conftest import measurement
 from hypothesis import strategies as st
 from jax import lax
 
-from jaxlayout._compat import KNOWN_BAD
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import LayoutGraph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.solve import plan_of
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.runtime._compat import KNOWN_BAD
 
 SIZES = (1, 2, 3, 4, 5, 6, 8)
 LARGEST = 2000  # elements of one value

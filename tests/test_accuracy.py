@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout.accept import compare
-from jaxlayout.accuracy import Accuracy, accuracies
+from jaxlayout.verify.accept import compare
+from jaxlayout.verify.accuracy import Accuracy, accuracies
 
 FINE, COARSE = (float(jnp.finfo(dtype).eps) for dtype in (np.float32, jnp.bfloat16))
 X, K = jnp.ones((2, 4, 8, 8)), jnp.ones((4, 4, 3, 3))

@@ -27,9 +27,10 @@ from jax import lax
 from jax.experimental.layout import Format, Layout
 
 import jaxlayout
-from jaxlayout import AutoLayout, Options, api, auto_layout
+from jaxlayout import AutoLayout, Options, auto_layout
+from jaxlayout.api import decorator as api
 from jaxlayout.convs.primitive import tuned_conv_p
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 ROOT = Path(__file__).parents[1]
 
@@ -319,7 +320,7 @@ def test_what_a_jitted_function_was_told_is_found_without_running_or_tracing_it(
 
 
 def test_a_jax_that_does_not_tell(monkeypatch):
-    monkeypatch.setattr("jaxlayout.wrapped.jit_info", lambda jitted: jaxlayout._compat.jit_info(object()))
+    monkeypatch.setattr("jaxlayout.api.wrapped.jit_info", lambda jitted: jaxlayout.runtime._compat.jit_info(object()))
     with pytest.raises(TypeError, match="decorate the function itself"):
         auto_layout(jax.jit(net))
 
@@ -775,9 +776,11 @@ import jax, numpy as np, jax.numpy as jnp
 from functools import partial
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from jaxlayout import api, auto_layout, line
-from jaxlayout.accept import Verdict
-from jaxlayout.costs.measurement import Measurement
+from jaxlayout import auto_layout
+from jaxlayout.api import decorator as api
+from jaxlayout.tuning import line
+from jaxlayout.verify.accept import Verdict
+from jaxlayout.table.measurement import Measurement
 
 def measure(jobs, **_):
     for job in jobs:

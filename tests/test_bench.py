@@ -14,10 +14,10 @@ from once import once
 
 from bench import corpus, forms, gpu, networks, noise, plot, races, remote, scenarios, table
 from bench.models import video
-from jaxlayout import line
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.fit import check_fit
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.tuning import line
 
 
 @pytest.fixture(autouse=True)

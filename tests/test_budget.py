@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxlayout.budget import Budget
+from jaxlayout.tuning.budget import Budget
 
 
 class Clock:
@@ -97,7 +97,7 @@ def test_what_raises_has_spent():
 def test_a_forked_child_has_spent_nothing():
     script = """
 import os
-from jaxlayout.budget import process_budget
+from jaxlayout.tuning.budget import process_budget
 with process_budget.spender().spending():
     if (child := os.fork()) == 0:
         wrong = process_budget.spent() != 0.0

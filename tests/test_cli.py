@@ -27,18 +27,18 @@ from conftest import measurement
 
 import jaxlayout
 from jaxlayout import AutoLayout, CostTable, Options, Outcome, Plan, auto_layout
-from jaxlayout.accept import Verdict
 from jaxlayout.cli import checks, main
 from jaxlayout.cli import noise as noises
 from jaxlayout.cli.base import UsageError
 from jaxlayout.cli.settings import add_options, options_of
 from jaxlayout.cli.target import argument, arguments, loaded
 from jaxlayout.cli.tune import has_failed
-from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.sqlite import SCHEMA_VERSION
-from jaxlayout.costs.table import describe, look
-from jaxlayout.costs.turns import Turns
-from jaxlayout.outcome import untouched
+from jaxlayout.measure.environment import current_environment
+from jaxlayout.measure.turns import Turns
+from jaxlayout.table.sqlite import SCHEMA_VERSION
+from jaxlayout.table.table import describe, look
+from jaxlayout.tuning.outcome import untouched
+from jaxlayout.verify.accept import Verdict
 
 ROOT = Path(__file__).parents[1]
 MODEL = """
@@ -551,7 +551,7 @@ def test_doctor_on_a_damaged_table(two, capsys):
 def test_doctor_on_where_the_table_is(tmp_path, monkeypatch):
     path = tmp_path / "table.sqlite"
     (tmp_path / "table.sqlite.damaged-20260101T000000").touch()
-    monkeypatch.setattr("jaxlayout.costs.sqlite.on_network", lambda path: True)
+    monkeypatch.setattr("jaxlayout.table.sqlite.on_network", lambda path: True)
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     found = [(finding.grade, finding.found) for finding in checks.table_file(path)]
     assert [grade for grade, _ in found] == ["warning", "note", "note", "ok"]
@@ -578,7 +578,7 @@ def test_doctor_on_a_wrong_option(monkeypatch):
 
 def test_doctor_knows_bad_versions(monkeypatch):
     for version, grades in (("0.10.2", ["ok", "warning"]), ("0.10.1", ["ok"])):
-        monkeypatch.setattr("jaxlayout.costs.environment.package_version", lambda name, version=version: version)
+        monkeypatch.setattr("jaxlayout.measure.environment.package_version", lambda name, version=version: version)
         assert [finding.grade for finding in checks.versions()] == grades
 
 

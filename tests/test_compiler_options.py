@@ -9,10 +9,11 @@ from jax import lax
 from jax import numpy as jnp
 
 import jaxlayout
-from jaxlayout import auto_layout, line
-from jaxlayout.accept import Verdict
-from jaxlayout.timing import Paired
-from jaxlayout.wrapped import jit_settings
+from jaxlayout import auto_layout
+from jaxlayout.api.wrapped import jit_settings
+from jaxlayout.runtime.timing import Paired
+from jaxlayout.tuning import line
+from jaxlayout.verify.accept import Verdict
 
 EXTRA = {"xla_cpu_experimental_ynn_fusion_type": ""}
 X, K = np.ones((1, 4, 6, 6), np.float32), np.ones((4, 4, 3, 3), np.float32)
@@ -129,7 +130,7 @@ def test_an_option_that_this_compiler_does_not_know(costs, monkeypatch):
 def test_they_are_raced_against_what_was_kept_without_them(costs, monkeypatch, faster):
     races = [(True, Paired.of([(2e6, 1e6)] * 3)), *[(faster, Paired.of([(1e6, 0.8e6)] * 3))] * 2]
     monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (EXTRA,)})
-    monkeypatch.setattr("jaxlayout.accept.race", lambda *_: races.pop(0))
+    monkeypatch.setattr("jaxlayout.verify.accept.race", lambda *_: races.pop(0))
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     outcome = auto_layout(f).outcome(X, K)
     assert outcome.plan.compiler_options == (EXTRA if faster else {}) and not (races and faster)

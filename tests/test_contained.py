@@ -26,21 +26,22 @@ from jax import lax
 from jax import numpy as jnp
 from test_lowerings import conv
 
-from jaxlayout import Candidate, ConvDimensionNumbers, CostTable, Lowering, Plan, auto_layout, line, register_lowering
+from jaxlayout import Candidate, ConvDimensionNumbers, CostTable, Lowering, Plan, auto_layout, register_lowering
 from jaxlayout.cli.checks import helper_process
 from jaxlayout.convs.lowering import may_crash, registered
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs import contained
-from jaxlayout.costs.contained import Died, Helper, NoHelper, Proofs
-from jaxlayout.costs.environment import current_environment, settings
-from jaxlayout.costs.marker import Marker
-from jaxlayout.costs.measure import candidate_id, conv_job, measure
-from jaxlayout.costs.model import CostModel
-from jaxlayout.costs.remote import Request
-from jaxlayout.costs.table import look
 from jaxlayout.graph.build import Mode, build_graph
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.measure import contained
+from jaxlayout.measure.contained import Died, Helper, NoHelper, Proofs
+from jaxlayout.measure.environment import current_environment, settings
+from jaxlayout.measure.jobs import candidate_id, conv_job, measure
+from jaxlayout.measure.marker import Marker
+from jaxlayout.measure.remote import Request
+from jaxlayout.table.table import look
+from jaxlayout.tuning import line
+from jaxlayout.tuning.model import CostModel
 
 CONV = conv((2, 6, 6, 4), (3, 3, 4, 8))
 WRITTEN = Candidate("xla", ConvDimensionNumbers.channels_last(2))
@@ -207,7 +208,7 @@ def test_it_ends_with_who_started_it_a_script_on_standard_input_too():
         import os, signal, jax, planted
         from jaxlayout import Candidate, ConvDimensionNumbers, CostTable
         from jaxlayout.convs.lowering import registered
-        from jaxlayout.costs import contained
+        from jaxlayout.measure import contained
         from test_lowerings import conv
 
         print("run")
@@ -512,9 +513,10 @@ def test_what_jax_derives_is_not_taken_to_run():
 def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_path, only, monkeypatch, caplog):
     script = """
         import planted
-        from jaxlayout import Candidate, auto_layout, line
+        from jaxlayout import Candidate, auto_layout
+        from jaxlayout.tuning import line
         from jaxlayout.convs.lowering import register_lowering
-        from jaxlayout.costs.model import CostModel
+        from jaxlayout.tuning.model import CostModel
         from conftest import measurement
         from test_contained import Unsuspected, arguments, net
 

@@ -25,17 +25,17 @@ from programs import READS_PAST_LHS
 from test_lowerings import conv, convs, last, native, operands, through
 
 from jaxlayout import LayoutPolicy, auto_layout
-from jaxlayout import line as stages
-from jaxlayout.accept import compare
-from jaxlayout.accuracy import Accuracy
 from jaxlayout.cli import checks
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import evaluate, lowerings
-from jaxlayout.convs.reference import reference
-from jaxlayout.costs.measure import conv_job, measure
-from jaxlayout.forced import channels_last, force
-from jaxlayout.memory import amid, soiled_memory
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.measure.jobs import conv_job, measure
+from jaxlayout.measure.reference import reference
+from jaxlayout.runtime.memory import amid, soiled_memory
+from jaxlayout.tuning import line as stages
+from jaxlayout.tuning.forced import channels_last, force
+from jaxlayout.verify.accept import compare
+from jaxlayout.verify.accuracy import Accuracy
 
 
 @st.composite
@@ -204,8 +204,8 @@ def test_what_is_wrong_in_its_second_run_is_wrong():
 
 
 def test_what_is_wrong_in_its_second_run_is_wrong_though_it_is_long(monkeypatch):
-    monkeypatch.setattr("jaxlayout.costs.measure.WARM_NS", 0)
-    monkeypatch.setattr("jaxlayout.costs.measure.SLOW", 1e9)
+    monkeypatch.setattr("jaxlayout.measure.jobs.WARM_NS", 0)
+    monkeypatch.setattr("jaxlayout.measure.jobs.SLOW", 1e9)
     runs = itertools.count()
 
     def later(out):

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import pytest
 
-from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.measurement import MEASURING
+from jaxlayout.measure.environment import current_environment
+from jaxlayout.table.measurement import MEASURING
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,7 +33,7 @@ def test_the_fingerprint_is_the_same_in_every_process():
     assert current_environment(versions={"im2col": 2, "dot": 1}) == here
     assert len(here.fingerprint) == 16 and int(here.fingerprint, 16) >= 0
     script = """
-from jaxlayout.costs.environment import current_environment
+from jaxlayout.measure.environment import current_environment
 print(current_environment(versions={"dot": 1, "im2col": 2}).fingerprint)
 """
     assert run(script, PYTHONHASHSEED="1") == here.fingerprint
@@ -90,7 +90,7 @@ def test_compiler_flags_count_but_not_how_they_are_written(monkeypatch, tmp_path
 
 def environment_under(*before: str, **variables: str) -> dict[str, Any]:
     """The environment of a process with these variables, after these lines."""
-    here = "from jaxlayout.costs.environment import current_environment"
+    here = "from jaxlayout.measure.environment import current_environment"
     return json.loads(
         run(
             "\n".join(("import json", here, *before, "print(json.dumps(current_environment().to_json()))")), **variables
@@ -126,7 +126,7 @@ def test_whose_malloc_it_is_counts(tmp_path):
     source, library = tmp_path / "malloc.c", tmp_path / "libmine.so"
     source.write_text("void *__libc_malloc(unsigned long); void *malloc(unsigned long n) { return __libc_malloc(n); }")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    script = "from jaxlayout.memory import allocator; print(allocator())"
+    script = "from jaxlayout.runtime.memory import allocator; print(allocator())"
     assert run(script).startswith("libc.so")
     assert run(script, LD_PRELOAD=str(library)) == "libmine.so"
 
@@ -137,7 +137,7 @@ def test_the_key_holds_how_times_are_taken_and_not_the_packages_version(monkeypa
     assert not {"jaxlayout", "schema"} & here.to_json().keys()
     monkeypatch.setattr("jaxlayout.__version__", "99.0")
     assert current_environment() == here
-    monkeypatch.setattr("jaxlayout.costs.environment.MEASURING", MEASURING + 1)
+    monkeypatch.setattr("jaxlayout.measure.environment.MEASURING", MEASURING + 1)
     assert current_environment().fingerprint != here.fingerprint
 
 
@@ -161,7 +161,7 @@ def test_cores_are_those_that_the_process_may_use():
 def test_importing_touches_no_device():
     script = """
 import jax
-from jaxlayout.costs import environment
+from jaxlayout.measure import environment
 jax.config.update("jax_platforms", "no_such_platform")  # has no effect once a backend is up
 try:
     environment.current_environment()

@@ -14,7 +14,8 @@ import pytest
 from jax import lax
 from programs import at_random
 
-from jaxlayout import auto_layout, line
+from jaxlayout import auto_layout
+from jaxlayout.tuning import line
 
 pytestmark = pytest.mark.usefixtures("forced")
 

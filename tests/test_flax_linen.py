@@ -27,7 +27,7 @@ from flax.training.train_state import TrainState
 
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.flax.linen import auto_layout
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 

@@ -20,7 +20,7 @@ from flax import nnx, serialization
 from jaxlayout import Plan
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.flax.nnx import AutoLayout, auto_layout
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 

@@ -21,15 +21,16 @@ from conftest import measurement
 from flax import linen
 from jax import lax
 
-from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout, judge, line
-from jaxlayout.accept import Verdict
+from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout
 from jaxlayout.convs.lowering import Lowering, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode, build_graph
+from jaxlayout.graph.program import equations, program_key
 from jaxlayout.graph.solve import solve
-from jaxlayout.program import equations, program_key
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.still import still_values
+from jaxlayout.tuning import judge, line
+from jaxlayout.verify.accept import Verdict
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -465,7 +466,7 @@ def packed(judged, monkeypatch):
             yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
 
     monkeypatch.setattr(line, "measure", measure)
-    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
     ways = {"packed": Packed(), "xla": lowerings()["xla"]}
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: ways)
     with registered(Packed()):
@@ -502,7 +503,7 @@ def test_what_is_refused_for_its_memory_says_so(packed, monkeypatch):
 @pytest.mark.parametrize(("limit", "dtype"), [(1.0, jnp.bfloat16), (1.5, jnp.bfloat16), (2.0, np.float32)])
 def test_weights_that_the_function_widens(judged, monkeypatch, policy, limit, dtype):
     """Prepared they would take twice the memory, whatever lays out the convolution."""
-    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
 
     def f(k, x):
         return jnp.tanh(conv(x, jnp.tanh(k.astype(np.float32))))

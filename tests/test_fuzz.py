@@ -22,8 +22,9 @@ from programs import Program, at_random, programs
 from test_retrace import assert_same, inexact, real_part
 from test_transformations import Function, by_cond, by_grad, by_scan, by_vmap
 
-from jaxlayout import auto_layout, line
+from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import evaluate
+from jaxlayout.tuning import line
 
 pytestmark = pytest.mark.usefixtures("forced")
 

@@ -36,33 +36,25 @@ from conftest import measurement
 from jax import lax
 from jax.extend.core import Primitive
 
-from jaxlayout import (
-    CostTable,
-    Lowering,
-    Outcome,
-    Plan,
-    TableMiss,
-    TableWarning,
-    auto_layout,
-    line,
-)
-from jaxlayout.accept import Comparison, Verdict, accept, compare, draws, liveliest
-from jaxlayout.accuracy import MAX_TOLERANCE, Accuracy, accuracies
-from jaxlayout.budget import Budget
+from jaxlayout import CostTable, Lowering, Outcome, Plan, TableMiss, TableWarning, auto_layout
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
-from jaxlayout.costs.measure import TOLERANCE, compile_in
-from jaxlayout.costs.table import ENVIRONMENT
-from jaxlayout.costs.turns import NoTurn
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.fit import check_fit
+from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
-from jaxlayout.options import Options
-from jaxlayout.program import equations
-from jaxlayout.progress import Silent
-from jaxlayout.threads import apart
-from jaxlayout.timing import Paired
+from jaxlayout.measure.jobs import TOLERANCE, compile_in
+from jaxlayout.measure.turns import NoTurn
+from jaxlayout.runtime.progress import Silent
+from jaxlayout.runtime.threads import apart
+from jaxlayout.runtime.timing import Paired
+from jaxlayout.table.table import ENVIRONMENT
+from jaxlayout.tuning import line
+from jaxlayout.tuning.budget import Budget
+from jaxlayout.tuning.options import Options
+from jaxlayout.verify.accept import Comparison, Verdict, accept, compare, draws, liveliest
+from jaxlayout.verify.accuracy import MAX_TOLERANCE, Accuracy, accuracies
 
 ROOT = Path(__file__).parents[1]
 
@@ -197,7 +189,7 @@ BAD: list[tuple[type[Toy], str, str]] = [
 @pytest.mark.parametrize(("lowering", "status", "detail"), BAD, ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, status, detail):
     monkeypatch.setattr(line, "available_memory", lambda device: 1 << 20)
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": lowering(), "xla": lowerings()["xla"]})
     used: list[str] = []
     monkeypatch.setattr(
@@ -215,7 +207,7 @@ def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, stat
 
 def test_what_did_not_fit_is_measured_where_there_is_room(monkeypatch):
     """In a container, or while others took the memory: that says nothing of another machine or time."""
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Hungry(), "xla": lowerings()["xla"]})
     asked, real = [], line.measure
     monkeypatch.setattr(line, "measure", lambda jobs, **how: asked.extend(jobs) or real(jobs, **how))
@@ -249,7 +241,7 @@ def test_a_derived_convolution_keeps_within_the_limit_by_itself(costs, monkeypat
 
 
 def test_compiler_options_hold_for_measuring_and_judging(monkeypatch):
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"xla": lowerings()["xla"]})
     seen = []
     stage = jax.stages.Lowered
@@ -278,7 +270,7 @@ def test_numerics_may_be_relaxed(monkeypatch):
         def apply(self, conv, dims, lhs, prepared):
             return super().apply(conv, dims, lhs, prepared) * (1 + 1e-5)
 
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Inexact()})
     with registered(Inexact()):
         strict, relaxed = (auto_layout(conv, verdict=False, numerics=n) for n in ("strict", "relaxed"))
@@ -296,7 +288,7 @@ def tempting(trials: list[Any]) -> None:
 
 def test_a_good_toy_is_chosen(monkeypatch):
     """The tests above would see it if a bad one were."""
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     with registered(Toy()):
         f = auto_layout(conv, verdict=False, memory_limit=1000.0)
         f(X, K)
@@ -350,7 +342,7 @@ def fail(out):
 )
 def test_what_goes_wrong_in_the_program_only(costs, monkeypatch, how, cause, words):
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
-    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
     monkeypatch.setattr(Turncoat, "how", None)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
     with registered(Turncoat()):
@@ -410,7 +402,7 @@ def spy(monkeypatch):
 
     monkeypatch.setattr(line, "measure", measure)
     monkeypatch.setattr(line._Line, "judge", judge)
-    monkeypatch.setattr("jaxlayout.costs.measure._race", race)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", race)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"spy": Spy()})
     monkeypatch.setattr(Spy, "factors", {})
     monkeypatch.setattr(Spy, "ran", set())
@@ -508,7 +500,7 @@ def test_what_is_guaranteed_where_a_function_must_not_be_run(spy, monkeypatch, w
 
 def test_memory_is_looked_at_where_a_function_must_not_be_run(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
-    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"turncoat": Turncoat()})
     monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
     ran = []
@@ -614,7 +606,7 @@ def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
 
 def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1.25")
-    monkeypatch.setattr("jaxlayout.accept.LITTLE", 0)
+    monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
     monkeypatch.setattr(Turncoat, "how", staticmethod(grow))
     images = normal(5, 2, 16, 16, 8)
 
@@ -912,7 +904,7 @@ def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setattr(line, "OPTION_SETS", {})
 
     def verdict(bias: int, tuned_ns: float) -> Verdict:
-        monkeypatch.setattr("jaxlayout.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))
+        monkeypatch.setattr("jaxlayout.verify.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))
         return auto_layout(lambda x, k: conv(x, k) + bias).outcome(X, K).verdict
 
     seen = verdict(1, 2e6)
@@ -936,8 +928,8 @@ def test_the_machine_is_asked_for_while_two_are_timed_and_at_no_other_time(monke
     def told(name, real):
         return lambda *args: seen.append(name) or real(*args)
 
-    monkeypatch.setattr("jaxlayout.accept.compare", told("compared", compare))
-    monkeypatch.setattr("jaxlayout.accept.race", told("timed", lambda *_: (False, Paired.of([(1e6, 1e6)] * 3))))
+    monkeypatch.setattr("jaxlayout.verify.accept.compare", told("compared", compare))
+    monkeypatch.setattr("jaxlayout.verify.accept.race", told("timed", lambda *_: (False, Paired.of([(1e6, 1e6)] * 3))))
     before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
     rest = {"accuracy": [Accuracy()], "memory_limit": 1.0, "turn": turn}
     assert accept(before, after, [X], **rest).cause == "time"
@@ -956,7 +948,7 @@ def test_an_interrupt_ends_a_race(monkeypatch):
         stop.set()
         second()
 
-    monkeypatch.setattr("jaxlayout.accept.race", race)
+    monkeypatch.setattr("jaxlayout.verify.accept.race", race)
     before, after = (compile_in("entry", lambda x: [x + 1], [X]) for _ in range(2))
     with pytest.raises(NoTurn, match="interrupted while two programs were timed"):
         accept(before, after, [X], accuracy=[Accuracy()], memory_limit=1.0, stop=stop)
@@ -1166,7 +1158,7 @@ import logging, sys
 import jax, numpy as np
 from jax import lax
 import jaxlayout
-from jaxlayout import line
+from jaxlayout.tuning import line
 from jaxlayout.convs import candidates, lowering
 candidates.lowerings = lambda: {"xla": lowering.lowerings()["xla"]}  # enough
 calls = []

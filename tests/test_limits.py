@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jaxlayout.costs import limits
-from jaxlayout.costs.limits import cores, memory_left
+from jaxlayout.runtime import limits
+from jaxlayout.runtime.limits import cores, memory_left
 
 GIB = 2**30
 MACHINE = {"proc/meminfo": f"MemTotal:  {64 * 2**20} kB\nMemAvailable:  {32 * 2**20} kB\nHugePages_Total: 0\n"}
@@ -149,7 +149,7 @@ def test_cores(tmp_path, monkeypatch, contents, count):
 
 
 def test_a_candidate_may_take_half_of_what_is_left(monkeypatch):
-    from jaxlayout.costs import measure
+    from jaxlayout.measure import jobs as measure
 
     class Device:
         platform = "cpu"

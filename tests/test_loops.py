@@ -23,9 +23,9 @@ from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import equations
 from jaxlayout.graph.rules.loops import WHILE_TRIPS
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.program import equations
 from jaxlayout.rewrite.retrace import retrace
 
 X, K = whole_numbers((2, 3, 4, 4), (3, 3, 3, 3))

@@ -17,10 +17,10 @@ from jax import numpy as jnp
 
 from jaxlayout.convs.lowering import evaluate, is_relaxed, lowerings
 from jaxlayout.convs.lowerings import Dot
-from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
-from jaxlayout.program import equations
+from jaxlayout.measure.reference import reference
 
 ALL = {name: lowering for name, lowering in lowerings().items() if not lowering.relaxed}
 DTYPES = ("float32", "bfloat16", "float16", "int32", "int8", "complex64")

@@ -22,11 +22,11 @@ from test_loops import mesh
 from test_rules import FUNCTIONS, SHAPE, after_convolution, graph_in
 
 from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.graph.program import equations
 from jaxlayout.graph.rules import bodies_of, rule_for
 from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
 from jaxlayout.graph.solve import plan_of
-from jaxlayout.program import equations
 from jaxlayout.rewrite.retrace import retrace
 
 WINDOW = "window_dimensions window_strides padding base_dilation window_dilation"

@@ -27,10 +27,11 @@ from jax.experimental import buffer_callback, io_callback, jet, roofline
 from test_api import K, X, close, conv, is_tuned, normal
 
 import jaxlayout
-from jaxlayout import api, auto_layout
-from jaxlayout.costs.turns import NoTurn
+from jaxlayout import auto_layout
+from jaxlayout.api import decorator as api
 from jaxlayout.flax import linen as flax_linen
 from jaxlayout.flax import nnx as flax_nnx
+from jaxlayout.measure.turns import NoTurn
 
 pytestmark = [
     pytest.mark.usefixtures("forced"),

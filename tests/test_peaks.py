@@ -16,10 +16,10 @@ from test_relaxed_lowerings import DENSE, LARGE
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named, lowerings, registered
-from jaxlayout.convs.reference import reference
-from jaxlayout.costs.measure import conv_job, measure
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.peaks import HEADROOM, Peaks
+from jaxlayout.measure.jobs import conv_job, measure
+from jaxlayout.measure.peaks import HEADROOM, Peaks
+from jaxlayout.measure.reference import reference
+from jaxlayout.table.measurement import Measurement
 
 look = Peaks.look
 X, K = jnp.ones((2, 4, 6, 6)), jnp.ones((4, 4, 3, 3))

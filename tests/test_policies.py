@@ -18,10 +18,10 @@ from jax import lax
 from jaxlayout import LayoutPolicy, Options, Plan, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv, tuned_conv_p
 from jaxlayout.convs.signature import written_order
-from jaxlayout.forced import OTHERS
 from jaxlayout.graph.plan import Conversion
+from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.layout import ConvDimensionNumbers, KernelLayout
-from jaxlayout.program import count_transposes, equations
+from jaxlayout.tuning.forced import OTHERS
 
 LAST, FIRST = "NHWC,HWIO->NHWC", "NCHW,OIHW->NCHW"
 CUDNN = "NHWC,OHWI->NHWC"

@@ -19,11 +19,11 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from jax.test_util import check_grads
 from programs import compiled, conv_params
 
-from jaxlayout._compat import eval_equations
 from jaxlayout.convs.lowering import Lowering, registered
 from jaxlayout.convs.primitive import tuned_conv, tuned_conv_p
+from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.program import equations
+from jaxlayout.runtime._compat import eval_equations
 
 
 def rebound(plain: Callable[..., Any], *args: Any, lowering: str = "xla") -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout.program import count_transposes, has_effects, needs_real_arguments, program_key, runs_host_code
+from jaxlayout.graph.program import count_transposes, has_effects, needs_real_arguments, program_key, runs_host_code
 
 ROOT = Path(__file__).parents[1]
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
@@ -28,7 +28,7 @@ def test_the_same_in_every_process():
     script = """
 import jax, jax.numpy as jnp
 from jax import lax
-from jaxlayout.program import program_key
+from jaxlayout.graph.program import program_key
 
 @jax.custom_vjp
 def double(x): return x * 2

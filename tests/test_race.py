@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxlayout import race, timing
-from jaxlayout.costs import measure
-from jaxlayout.race import MAX_PAIRS, ODDS, evidence, is_faster
-from jaxlayout.timing import Paired, in_pairs, lasting, paired
+from jaxlayout.measure import jobs as measure
+from jaxlayout.runtime import timing
+from jaxlayout.runtime.timing import Paired, in_pairs, lasting, paired
+from jaxlayout.verify import race
+from jaxlayout.verify.race import MAX_PAIRS, ODDS, evidence, is_faster
 
 
 class Clock:

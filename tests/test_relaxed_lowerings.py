@@ -22,10 +22,10 @@ from test_primitive import rebound
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import is_relaxed, lowerings
-from jaxlayout.convs.reference import reference
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
-from jaxlayout.program import equations
+from jaxlayout.measure.reference import reference
 
 RELAXED = {name: lowering for name, lowering in lowerings().items() if lowering.relaxed}
 TOLERANCE = {"winograd2": 1e-5, "winograd4": 1e-4, "fft": 1e-5}
@@ -406,7 +406,7 @@ def test_tuned_and_frozen(monkeypatch, name, c):
     """Chosen under relaxed numerics, past the checks of its numbers, and prepared once; written channels first, where
     the original has temporary memory, of which the limit is a multiple."""
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {name: RELAXED[name]})
-    monkeypatch.setattr("jaxlayout.costs.measure._race", tempting)
+    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     lhs, rhs = operands(c, draw=lambda rng, shape: rng.standard_normal(shape))
     home = last(c.rank)
     lhs, rhs = lhs.transpose(FIRST.lhs.permutation_from(home.lhs)), rhs.transpose(FIRST.rhs.permutation_from(home.rhs))

@@ -21,9 +21,9 @@ from jax import lax
 import jaxlayout
 from bench.remote import convolution
 from jaxlayout import CostTable, auto_layout
-from jaxlayout.costs.environment import current_environment
-from jaxlayout.costs.measure import Job, transpose_job
-from jaxlayout.costs.remote import Reply, Request, measure_elsewhere
+from jaxlayout.measure.environment import current_environment
+from jaxlayout.measure.jobs import Job, transpose_job
+from jaxlayout.measure.remote import Reply, Request, measure_elsewhere
 
 
 def conv(x: Any, k: Any) -> Any:
@@ -141,7 +141,7 @@ def test_a_process_pool_measures_for_tune(monkeypatch):
     x, kernels = arguments()
     tuned = auto_layout(network)
     context = multiprocessing.get_context("spawn")  # JAX has threads: a fork of them may hang
-    monkeypatch.setattr("jaxlayout.line.measure", only_nothing)
+    monkeypatch.setattr("jaxlayout.tuning.line.measure", only_nothing)
     with ProcessPoolExecutor(2, context) as pool:
         outcome = jaxlayout.tune(tuned, x, kernels, executor=pool)
     assert outcome.source == "measured"

@@ -19,10 +19,10 @@ from jax import lax
 from rich.console import Console
 
 from jaxlayout import Explanation, auto_layout
-from jaxlayout import line as stages
-from jaxlayout.accept import Verdict
 from jaxlayout.report import Step
 from jaxlayout.report.plots import lanes
+from jaxlayout.tuning import line as stages
+from jaxlayout.verify.accept import Verdict
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 8, 8)), jnp.float32)
 K = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4, 3, 3)), jnp.float32)

@@ -30,11 +30,11 @@ from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.graph.rules import Rule
 from jaxlayout.graph.rules.base import registered_rule, same_axes
 from jaxlayout.graph.solve import plan_of, solve
 from jaxlayout.layout import ConvDimensionNumbers, Order
-from jaxlayout.program import count_transposes, equations
 from jaxlayout.rewrite.retrace import retrace
 
 SEEDS = st.integers(0, 1000)

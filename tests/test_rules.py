@@ -14,11 +14,11 @@ from programs import compiled
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import LayoutGraph, build_graph
+from jaxlayout.graph.program import count_transposes
 from jaxlayout.graph.rules import Labelling, Orders, follow
 from jaxlayout.graph.rules.base import same_axes
 from jaxlayout.graph.solve import plan_of
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.program import count_transposes
 from jaxlayout.rewrite.retrace import retrace
 
 SHAPE = (2, 6, 4, 5)  # of what each function is given

@@ -17,18 +17,20 @@ import pytest
 from conftest import measurement
 from jax import lax
 
-from jaxlayout import auto_layout, line, settings
-from jaxlayout._compat import surroundings, unspecified_sharding
+from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import _parts, evaluate, lowerings
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.environment import CONFIG, LOWERED, current_environment
-from jaxlayout.options import Options
-from jaxlayout.program import equations, program_key
-from jaxlayout.progress import Silent
+from jaxlayout.graph.program import equations, program_key
+from jaxlayout.measure.environment import CONFIG, LOWERED, current_environment
 from jaxlayout.rewrite.fold import fold
-from jaxlayout.settings import thread_local, under
-from jaxlayout.task import Task
-from jaxlayout.threads import Workers
+from jaxlayout.runtime import settings
+from jaxlayout.runtime._compat import surroundings, unspecified_sharding
+from jaxlayout.runtime.progress import Silent
+from jaxlayout.runtime.settings import thread_local, under
+from jaxlayout.runtime.threads import Workers
+from jaxlayout.tuning import line
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.task import Task
 
 STRICT = {
     "jax_allow_f16_reductions": False,

@@ -18,9 +18,9 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import build_graph
+from jaxlayout.graph.program import program_key
 from jaxlayout.graph.shards import of_arguments
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.program import program_key
 
 ROOT = Path(__file__).parent.parent
 MESH = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

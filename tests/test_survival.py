@@ -33,12 +33,13 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxlayout import CostTable, Lowering, Outcome, Plan, TableWarning, auto_layout, line
+from jaxlayout import CostTable, Lowering, Outcome, Plan, TableWarning, auto_layout
 from jaxlayout.convs.lowering import lowerings, registered
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.sqlite import checksum
-from jaxlayout.costs.table import ENVIRONMENT, look
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.sqlite import checksum
+from jaxlayout.table.table import ENVIRONMENT, look
+from jaxlayout.tuning import line
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,10 +59,13 @@ import numpy as np
 from jax import lax
 
 import jaxlayout
-from jaxlayout import CostTable, accept, line, race
+from jaxlayout import CostTable
+from jaxlayout.verify import accept
+from jaxlayout.tuning import line
+from jaxlayout.verify import race
 from jaxlayout.convs import candidates, lowering
-from jaxlayout.costs import measure
-from jaxlayout.costs.peaks import Peaks
+from jaxlayout.measure import jobs as measure
+from jaxlayout.measure.peaks import Peaks
 
 folder, name, role = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 found = lowering.lowerings()
@@ -369,7 +373,7 @@ def newer(path: Path) -> Iterator[None]:
 def of_another_machine(path: Path) -> Iterator[None]:
     """Whose records, were they believed, would have another order for everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxlayout.costs.environment._processor", lambda: ("abacus", "f00d"))
+        patch.setattr("jaxlayout.measure.environment._processor", lambda: ("abacus", "f00d"))
         yield
 
 
@@ -451,9 +455,9 @@ MOUNT = 'mount -t tmpfs -o size=400k tmpfs "$0" && exec "$@"'
 FILL = """
 import os, subprocess, sys, warnings
 from pathlib import Path
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.sqlite import checksum
-from jaxlayout.costs.table import CostTable, look
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.sqlite import checksum
+from jaxlayout.table.table import CostTable, look
 
 folder = Path(sys.argv[1])
 ok = Measurement(status="ok", median_ns=1.5e6, spread_ns=2e3, runs=9, error=1e-7, temp_bytes=4096, program="f00d")
@@ -468,7 +472,7 @@ except Warning as warning:
 unsaved = table.counts()["unsaved"]
 assert unsaved == 1 and len(committed) > 20, (unsaved, len(committed))
 assert len(table.measurements("env", "conv")) == len(committed) + 1
-read = "import sys; from jaxlayout.costs.table import look; rows, refused = look(sys.argv[1]); "
+read = "import sys; from jaxlayout.table.table import look; rows, refused = look(sys.argv[1]); "
 read += "print(len(rows['measurements']), len(refused))"
 seen = subprocess.run([sys.executable, "-c", read, folder / "table.sqlite"], capture_output=True, text=True, check=True)
 assert seen.stdout == f"{len(committed)} 0\\n", (seen.stdout, len(committed))

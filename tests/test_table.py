@@ -25,10 +25,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlayout.costs import sqlite
-from jaxlayout.costs.contents import holdings, places
-from jaxlayout.costs.measurement import MAX_DETAIL, MAX_NS, Measurement
-from jaxlayout.costs.table import ENVIRONMENT, MAX_LIKE, CostTable, TableWarning, describe, look
+from jaxlayout.table import sqlite
+from jaxlayout.table.contents import holdings, places
+from jaxlayout.table.measurement import MAX_DETAIL, MAX_NS, Measurement
+from jaxlayout.table.table import ENVIRONMENT, MAX_LIKE, CostTable, TableWarning, describe, look
 
 ROOT = Path(__file__).parents[1]
 OK = Measurement(status="ok", median_ns=1.5e6, spread_ns=2e3, runs=9, error=1e-7, temp_bytes=4096, program="f00d")
@@ -59,7 +59,7 @@ def damaged_files(path: Path) -> list[Path]:
 def start(script: str, *arguments: object) -> subprocess.Popen[str]:
     """A process that runs `script`, with warnings as errors and `table` opened on its first argument."""
     head = "import sys\n"
-    head += "from jaxlayout.costs.table import CostTable\nfrom jaxlayout.costs.measurement import Measurement\n"
+    head += "from jaxlayout.table.table import CostTable\nfrom jaxlayout.table.measurement import Measurement\n"
     head += f"table = CostTable(sys.argv[1])\nok = Measurement.from_json({OK.to_json()!r})\n"
     command = [sys.executable, "-W", "error", "-c", head + textwrap.dedent(script), *map(str, arguments)]
     pipe = subprocess.PIPE
@@ -851,7 +851,7 @@ def test_hostile_records_are_refused_one_by_one(tmp_path):
 
 
 def test_a_line_of_any_length_is_refused_alone(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlayout.costs.table.MAX_LINE", 1000)
+    monkeypatch.setattr("jaxlayout.table.table.MAX_LINE", 1000)
     filled(path, 2)
     with CostTable(path) as table:
         table.export_json(tmp_path / "table.json")

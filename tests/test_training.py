@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from bench.models.resnet import ConvBN
 from jaxlayout import AutoLayout, auto_layout
 from jaxlayout.convs.primitive import tuned_conv_p
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 

@@ -17,7 +17,7 @@ from test_retrace import assert_same, inexact, real_part
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 

@@ -18,8 +18,8 @@ import pytest
 from jax import lax
 
 from jaxlayout import auto_layout
-from jaxlayout.costs import turns
-from jaxlayout.costs.turns import NoTurn, Turns
+from jaxlayout.measure import turns
+from jaxlayout.measure.turns import NoTurn, Turns
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def told_soon(monkeypatch):
 
 def started(script: str) -> subprocess.Popen[str]:
     """Another process, once it has said something."""
-    command = [sys.executable, "-c", f"import os, sys, time\nfrom jaxlayout.costs.turns import Turns\n{script}"]
+    command = [sys.executable, "-c", f"import os, sys, time\nfrom jaxlayout.measure.turns import Turns\n{script}"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
     assert process.stdout and process.stdout.readline() == f"{process.pid}\n"
@@ -319,7 +319,7 @@ def test_where_files_cannot_be_locked_it_goes_on_and_says_so(monkeypatch, tmp_pa
     with Turns(0).timing():
         assert "not locked against other processes" in caplog.text
     Turns(0).pause()
-    monkeypatch.setattr("jaxlayout.costs.lock.fcntl", None)
+    monkeypatch.setattr("jaxlayout.runtime.lock.fcntl", None)
     caplog.clear()
     with Turns(0).timing():
         assert "no fcntl" in caplog.text
@@ -378,7 +378,8 @@ def test_processes_that_start_at_once_share_the_jobs():
 import os, sys, logging
 import jax.numpy as jnp
 from jax import lax
-from jaxlayout import auto_layout, line
+from jaxlayout import auto_layout
+from jaxlayout.tuning import line
 def network(x, *kernels):
     for k in kernels:
         dims = ("NHWC", "HWIO", "NHWC")

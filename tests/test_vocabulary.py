@@ -34,9 +34,9 @@ from jaxlayout import (
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import written_order
 from jaxlayout.graph.build import build_graph
+from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.graph.sequence import _alone, _moved, _ways
 from jaxlayout.graph.solve import RELUCTANCE, solve
-from jaxlayout.program import count_transposes, equations
 
 IMAGES = ["NCW", "NWC", "NCHW", "NHWC", "CHWN", "HWCN", "NCDHW", "NDHWC", "CDHWN", "DHWCN", "CWN", "WCN"]
 KERNELS = ["OIW", "WIO", "OWI", "IWO", "OIHW", "HWIO", "OHWI", "IHWO", "OIDHW", "DHWIO", "ODHWI", "IDHWO"]

@@ -17,8 +17,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxlayout import auto_layout, line, processes, tune
-from jaxlayout.costs.measurement import Measurement
+from jaxlayout import auto_layout, tune
+from jaxlayout.api.decorator import processes
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.tuning import line
 from tests.on_devices import PARAMS, X, Y, close, net, step
 
 ME = -1

@@ -50,8 +50,8 @@ def _bench(given: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxlayout.costs.turns import Turns
-    from jaxlayout.timing import paired
+    from jaxlayout.measure.turns import Turns
+    from jaxlayout.runtime.timing import paired
 
     fun, args, kwargs = target_of(given)
     args, kwargs = _real((args, kwargs))
@@ -90,7 +90,7 @@ def _contenders(fun: Any, options: dict[str, Any]) -> tuple[Callable[..., Any], 
     import jax
 
     from jaxlayout import AutoLayout, auto_layout
-    from jaxlayout.wrapped import is_jitted, jit_settings
+    from jaxlayout.api.wrapped import is_jitted, jit_settings
 
     told: dict[str, Any] = {}
     more: dict[str, Any] = {}
@@ -107,7 +107,7 @@ def _real(tree: Any) -> Any:
     """Arrays in place of mere types, drawn as the judge draws them."""
     import jax
 
-    from jaxlayout.accept import draws
+    from jaxlayout.verify.accept import draws
 
     leaves, structure = jax.tree.flatten(tree)
     drawn = iter(next(draws([leaf for leaf in leaves if isinstance(leaf, jax.ShapeDtypeStruct)])))

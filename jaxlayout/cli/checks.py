@@ -22,7 +22,7 @@ def look_around(seconds: float, table: str) -> Iterator[Finding]:
     yield memory()
     yield from table_file(Path(table))
     try:
-        from jaxlayout.costs.environment import current_environment
+        from jaxlayout.measure.environment import current_environment
 
         environment = current_environment().to_json()
     except RuntimeError as error:
@@ -39,8 +39,8 @@ def look_around(seconds: float, table: str) -> Iterator[Finding]:
 def versions() -> Iterator[Finding]:
     """Of Python and the packages that matter; and whether this jaxlib is known to go wrong."""
     import jaxlayout
-    from jaxlayout._compat import KNOWN_BAD
-    from jaxlayout.costs.environment import package_version
+    from jaxlayout.measure.environment import package_version
+    from jaxlayout.runtime._compat import KNOWN_BAD
 
     known = {name: package_version(name) for name in ("jax", "jaxlib", "numpy")}
     words = ", ".join(f"{name} {version}" for name, version in known.items())
@@ -58,7 +58,7 @@ def versions() -> Iterator[Finding]:
 
 def variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     """Those of the environment that change what is compiled, how it is timed, or jaxlayout's options."""
-    from jaxlayout.options import Options
+    from jaxlayout.tuning.options import Options
 
     told = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES)}
     words = ", ".join(f"{name}={value}" for name, value in told.items())
@@ -77,7 +77,7 @@ def variables(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def memory() -> Finding:
     """Whether the C library keeps the memory of arrays that are gone."""
-    from jaxlayout.memory import keeps_freed_memory
+    from jaxlayout.runtime.memory import keeps_freed_memory
 
     kept = keeps_freed_memory()
     if kept is None:
@@ -90,9 +90,9 @@ def memory() -> Finding:
 
 def table_file(path: Path) -> Iterator[Finding]:
     """The cost table's file, without opening it as ours: nothing is repaired, or set aside."""
-    from jaxlayout.costs.contents import holdings
-    from jaxlayout.costs.sqlite import on_network
-    from jaxlayout.costs.table import look
+    from jaxlayout.table.contents import holdings
+    from jaxlayout.table.sqlite import on_network
+    from jaxlayout.table.table import look
 
     if str(path) == ":memory:":
         yield Finding("table", "note", "in memory only", "Each process measures for itself.")
@@ -159,8 +159,8 @@ def padding() -> Finding:
 
     from jaxlayout.convs.candidates import Candidate
     from jaxlayout.convs.signature import ConvSignature
-    from jaxlayout.costs.measure import conv_job, measure
     from jaxlayout.layout import ConvDimensionNumbers
+    from jaxlayout.measure.jobs import conv_job, measure
 
     conv = ConvSignature(
         batch=2,
@@ -202,7 +202,7 @@ def threads(cores: int, environ: Mapping[str, str]) -> Finding:
 
 def helper_process() -> Finding:
     """Whether what may crash can be run in a process of its own first."""
-    from jaxlayout.costs.contained import NoHelper, start_seconds
+    from jaxlayout.measure.contained import NoHelper, start_seconds
 
     try:
         seconds = start_seconds()

@@ -49,7 +49,7 @@ class Noise:
 
 def noise(seconds: float) -> Finding:
     """How steady times are on this machine, now."""
-    from jaxlayout.costs.turns import NoTurn, Turns
+    from jaxlayout.measure.turns import NoTurn, Turns
 
     try:
         with Turns(LOCK_SECONDS).timing():

@@ -14,7 +14,7 @@ from types import NoneType
 from typing import Any, Literal
 
 from jaxlayout.cli.base import UsageError
-from jaxlayout.options import Options
+from jaxlayout.tuning.options import Options
 
 PREFIX = "option_"
 

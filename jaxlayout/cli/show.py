@@ -13,10 +13,10 @@ from typing import Any
 
 from jaxlayout.cli.base import Failure, milliseconds, print_json, print_text
 from jaxlayout.cli.settings import options_of
-from jaxlayout.costs.contents import Holding, holdings, places
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.costs.sqlite import file_at
-from jaxlayout.costs.table import default_path, look
+from jaxlayout.table.contents import Holding, holdings, places
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.sqlite import file_at
+from jaxlayout.table.table import default_path, look
 
 SHOW = """\
 example:
@@ -33,7 +33,7 @@ exit codes: 0, 1 if there is no table, or if any record in it is no valid one.""
 
 def table_path(given: argparse.Namespace) -> str:
     """The file of the table: as told by the flag, or by the environment, or the usual one; see `file_at`."""
-    from jaxlayout.options import Options
+    from jaxlayout.tuning.options import Options
 
     path = Options.from_environment(**options_of(given)).table or str(default_path())
     return path if path == ":memory:" else str(file_at(Path(path)))

@@ -12,8 +12,8 @@ from typing import Any
 from jaxlayout.cli.base import Failure, UsageError, command, print_json, print_text
 from jaxlayout.cli.settings import add_options
 from jaxlayout.cli.show import SHOW, counted, in_words, looked, print_refused, show_table, table_path
-from jaxlayout.costs.contents import holdings, place_of, places
-from jaxlayout.costs.table import CostTable, TableWarning
+from jaxlayout.table.contents import holdings, place_of, places
+from jaxlayout.table.table import CostTable, TableWarning
 
 DAY = 86_400.0
 
@@ -155,7 +155,7 @@ def _prune(given: argparse.Namespace) -> int:
         oldest = time.time() - given.older_than * DAY
         gone = [holding for holding in known if holding.written is not None and holding.written < oldest]
     else:
-        from jaxlayout.costs.environment import current_environment
+        from jaxlayout.measure.environment import current_environment
 
         here = place_of(current_environment().to_json(), settings=False)
         gone = [h for h in known if h.environment is not None and place_of(h.environment, settings=False) != here]

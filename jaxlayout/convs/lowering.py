@@ -22,8 +22,8 @@ from jax import lax
 
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.nesting import within
-from jaxlayout.settings import of_ours
+from jaxlayout.runtime.nesting import within
+from jaxlayout.runtime.settings import of_ours
 
 Convolve = Callable[[ConvSignature, ConvDimensionNumbers, jax.Array, jax.Array], jax.Array]
 """Computes one of the smaller convolutions of a composite."""

@@ -21,10 +21,10 @@ from jax.extend.core.primitives import conv_general_dilated_p
 from jax.interpreters import ad, batching, mlir, xla
 from jax.sharding import AxisType, NamedSharding, auto_axes
 
-from jaxlayout._compat import divides, eval_equations
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, xla_for
 from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.runtime._compat import divides, eval_equations
 
 tuned_conv_p = Primitive("tuned_conv")
 CONVOLUTIONS = frozenset({conv_general_dilated_p, tuned_conv_p})

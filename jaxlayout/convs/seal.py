@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlayout._compat import BARRIERS_STAY
+from jaxlayout.runtime._compat import BARRIERS_STAY
 
 
 def seal(x: jax.Array, by: jax.Array) -> jax.Array:

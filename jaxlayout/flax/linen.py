@@ -23,9 +23,9 @@ from flax.core import DenyList, Scope
 from flax.core.lift import pack
 from flax.linen.transforms import get_module_scopes, set_module_scopes
 
-from jaxlayout.api import AutoLayout
+from jaxlayout.api.decorator import AutoLayout
 from jaxlayout.flax.common import Static, bare, disguised, is_array, join, split
-from jaxlayout.options import Options
+from jaxlayout.tuning.options import Options
 
 M = TypeVar("M", bound=nn.Module | type[nn.Module])
 

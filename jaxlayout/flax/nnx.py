@@ -22,9 +22,9 @@ from flax import nnx
 import jaxlayout
 from jaxlayout.flax.common import Static, bare, disguised, is_array, join, split
 from jaxlayout.graph.plan import Plan
-from jaxlayout.options import Options
-from jaxlayout.outcome import Outcome
 from jaxlayout.report import Explanation
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.outcome import Outcome
 
 
 def auto_layout(target: Any = None, /, **keywords: Any) -> Any:

@@ -16,12 +16,12 @@ from typing import Any, Literal
 
 from jax.extend.core import Literal as LiteralAtom
 
-from jaxlayout._compat import open_jaxpr
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import in_turn, lowering_named, may_crash, xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
 from jaxlayout.graph import shards
+from jaxlayout.graph.program import plain
 from jaxlayout.graph.rules import (
     Body,
     Labelling,
@@ -36,7 +36,7 @@ from jaxlayout.graph.rules import (
 )
 from jaxlayout.graph.shards import Division
 from jaxlayout.layout import Order, identity
-from jaxlayout.program import plain
+from jaxlayout.runtime._compat import open_jaxpr
 
 Path = tuple[int, ...]
 """Where an equation is: its index in the program, then which of that equation's bodies, the index in there, and so

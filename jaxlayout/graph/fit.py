@@ -8,7 +8,6 @@ from typing import Any
 
 from jax.extend import source_info_util
 
-from jaxlayout._compat import open_jaxpr, rank_of
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
@@ -17,6 +16,7 @@ from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, follow, rule_for
 from jaxlayout.layout import identity
+from jaxlayout.runtime._compat import open_jaxpr, rank_of
 
 
 def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:

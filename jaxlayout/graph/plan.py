@@ -9,10 +9,10 @@ from pathlib import Path as FilePath
 from types import MappingProxyType
 from typing import Any
 
-from jaxlayout.checked import flag, integer, number, optional, shown, text
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
+from jaxlayout.runtime.checked import flag, integer, number, optional, shown, text
 
 FORMAT = 3
 

@@ -16,9 +16,9 @@ from jax.core import Tracer
 from jax.extend.core import primitives as p
 from jax.sharding import AxisType, NamedSharding
 
-from jaxlayout._compat import consts_of, open_jaxpr, rank_of
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.rules.base import Labelling, Port
+from jaxlayout.runtime._compat import consts_of, open_jaxpr, rank_of
 
 Part = tuple[tuple[str, int], ...]
 """The mesh axes, with their sizes, along which an axis of an array is divided; () where it is whole."""

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlayout.layout.names import ConvDimensionNumbers, ConvLayout, KernelLayout
-from jaxlayout.threads import default_device
+from jaxlayout.runtime.threads import default_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,17 +13,17 @@ from jax.extend import source_info_util
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.costs.model import CostModel
 from jaxlayout.graph.build import Enumerate, LayoutGraph, Mode, Node, Path, build_graph
 from jaxlayout.graph.fit import located
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import Division
 from jaxlayout.graph.solve import wiring
 from jaxlayout.layout import Order, identity, moves_data
-from jaxlayout.outcome import Outcome
 from jaxlayout.report.flow import Flow, axis_letters, converted, is_derived, modes_under, nearest_anchor, order_name
 from jaxlayout.report.value import Barrier, Explanation, Move, Site, Transpose, Tried, short_line
 from jaxlayout.rewrite.still import still_values
+from jaxlayout.tuning.model import CostModel
+from jaxlayout.tuning.outcome import Outcome
 
 OWN = os.path.dirname(os.path.dirname(__file__))
 INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.costs.measurement import Measurement
-from jaxlayout.outcome import Outcome
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.tuning.outcome import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

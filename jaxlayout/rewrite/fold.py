@@ -20,13 +20,13 @@ from jax.extend import source_info_util
 from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import bind_equation, eval_equations, open_jaxpr
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import static_shapes
 from jaxlayout.graph.rules import Rule, is_placed, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
 from jaxlayout.rewrite.still import still_values
-from jaxlayout.settings import TRACED, under
+from jaxlayout.runtime._compat import bind_equation, eval_equations, open_jaxpr
+from jaxlayout.runtime.settings import TRACED, under
 
 _SCALES = frozenset({p.mul_p, p.div_p, p.neg_p})
 _STEPS = frozenset({p.add_p, p.sub_p, p.convert_element_type_p}) | _SCALES

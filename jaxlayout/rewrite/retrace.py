@@ -12,16 +12,16 @@ from typing import Any
 from jax.extend.core import Literal, jaxprs_in_params
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import bind_equation, consts_of, equation_scope, open_jaxpr, rank_of
 from jaxlayout.convs.lowering import rereads
 from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import equations
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE, TRANSCENDENTAL
 from jaxlayout.layout import LayoutTensor, LazyLayoutTensor, Order, identity
-from jaxlayout.program import equations
+from jaxlayout.runtime._compat import bind_equation, consts_of, equation_scope, open_jaxpr, rank_of
 
 _VIEWS = {p.pad_p, p.reshape_p, p.rev_p, p.slice_p, p.squeeze_p, p.transpose_p}
 _CALLS = {p.jit_p, p.custom_jvp_call_p, p.custom_vjp_call_p}

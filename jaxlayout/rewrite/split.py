@@ -16,12 +16,12 @@ import jax
 from jax.extend.core import Literal
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import consts_of, eval_equations, open_jaxpr, run_equations
 from jaxlayout.convs.lowering import evaluate, lowering_named
 from jaxlayout.convs.primitive import is_explicit, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.rules import bodies_of
 from jaxlayout.rewrite.still import is_still, still_values
+from jaxlayout.runtime._compat import consts_of, eval_equations, open_jaxpr, run_equations
 
 
 def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, expand: bool = False) -> Any:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal, jaxprs_in_params
 
-from jaxlayout._compat import open_jaxpr
-from jaxlayout.program import equations
+from jaxlayout.graph.program import equations
+from jaxlayout.runtime._compat import open_jaxpr
 
 _RANDOM = ("random_", "rng_", "threefry")
 

@@ -11,11 +11,11 @@ import numpy as np
 from jax import lax
 from jax import numpy as jnp
 
-from jaxlayout._compat import BARRIERS_STAY
 from jaxlayout.convs.lowering import Lowering
 from jaxlayout.convs.seal import seal
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout.runtime._compat import BARRIERS_STAY
 
 MAX_TAPS = 128
 """Every tap is a term of one expression: beyond this it compiles slowly and gains little."""

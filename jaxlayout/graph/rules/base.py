@@ -20,8 +20,8 @@ import jax
 from jax.extend.core import Primitive
 from jax.sharding import AxisType, NamedSharding
 
-from jaxlayout._compat import bind_equation, open_jaxpr
 from jaxlayout.layout import Order, identity
+from jaxlayout.runtime._compat import bind_equation, open_jaxpr
 
 Axes = tuple[tuple[int, ...], ...]
 """The labels of each axis of one value."""

@@ -11,11 +11,11 @@ from jax import lax
 from jax.extend.core import primitives as p
 from jax.extend.core.primitives import conv_general_dilated_p
 
-from jaxlayout._compat import bind_equation, consts_as_arguments, consts_of, open_jaxpr, unspecified_sharding
 from jaxlayout.convs.primitive import conv_params, tuned_conv_p
 from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, closed, register_rule
 from jaxlayout.layout import Order, conversion, identity
 from jaxlayout.layout.order import permuted
+from jaxlayout.runtime._compat import bind_equation, consts_as_arguments, consts_of, open_jaxpr, unspecified_sharding
 
 
 def straight(eqn: Any) -> tuple[Port, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import bind_equation, open_jaxpr, rank_of, reordered
 from jaxlayout.graph.rules.base import Bodies, Body, Orders, Port, RegionRule, closed, register_rule
+from jaxlayout.runtime._compat import bind_equation, open_jaxpr, rank_of, reordered
 
 WHILE_TRIPS = 10.0
 """How often a loop is believed to run that does not say."""

@@ -7,9 +7,9 @@ from typing import Any
 from jax import lax
 from jax.extend.core import primitives as p
 
-from jaxlayout._compat import bind_equation
 from jaxlayout.graph.rules.base import Axes, Labelling, Orders, Rule, is_placed, positions, register_rule, same_axes
 from jaxlayout.layout.order import permuted
+from jaxlayout.runtime._compat import bind_equation
 
 
 def _labels(axes: Sequence[int]) -> Axes:

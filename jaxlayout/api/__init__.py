@@ -1,0 +1,8 @@
+"""What a user holds.
+
+- `decorator`: `auto_layout`, the whole line behind `jax.jit`.
+- `frozen`: a function some of whose arguments are given once and for all.
+- `wrapped`: functions as JAX sees them, and what a jit was told.
+- `derived`: convolutions that JAX derives after the function they stand in was planned.
+- `processes`: programs that several processes run together.
+"""

@@ -1,0 +1,10 @@
+"""What stands below all stages, and knows none of them.
+
+- `_compat`: the one place for what differs between versions of JAX.
+- `settings`, `threads`, `nesting`: in what threads, under which of JAX's settings, and within what, tuning runs.
+- `timing`: how long a sample of a time lasts.
+- `memory`, `limits`: what `malloc` does with freed memory; what memory is left.
+- `lock`: locks between processes.
+- `checked`: plain data from elsewhere, refused where it is not what it should be.
+- `progress`: what is told of long work.
+"""

@@ -1,0 +1,131 @@
+"""`Judge`: the program under a plan held against the original, both as a whole."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import needs_real_arguments
+from jaxlayout.measure.jobs import Compiled, CompilerOptions, compile_in
+from jaxlayout.measure.marker import Marker
+from jaxlayout.measure.turns import Turns
+from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.rewrite.split import Split, flattened
+from jaxlayout.runtime._compat import eval_equations
+from jaxlayout.runtime.threads import Workers
+from jaxlayout.tuning.task import Task
+from jaxlayout.verify.accept import Verdict, accept, draws, liveliest
+from jaxlayout.verify.accuracy import Accuracy, accuracies
+
+
+class Judge:
+    """Compiles and runs the original of a task once, and each program that it is held against."""
+
+    def __init__(self, task: Task, compiler_options: CompilerOptions, turns: Turns, marker: Marker):
+        """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
+        stands in line to time. `marker`: is there while a program under a plan is tried for the first time."""
+        self.task, self.compiler_options, self.turns, self.marker = task, compiler_options, turns, marker
+        self.best: tuple[Compiled, float] | None = None
+        """The program that was kept, and how many times faster than the original it is."""
+        self.rival: tuple[Compiled, float] | None = None
+        """Such a one of another judge: to be kept is to be faster than that."""
+
+    def under(self, compiler_options: CompilerOptions) -> Judge:
+        """One for programs with other compiler options, which are raced against what was kept by this one."""
+        other = Judge(self.task, compiler_options, self.turns, self.marker)
+        other.original, other.trial_arguments, other.rival = self.original, self.trial_arguments, self.best
+        return other
+
+    def verdict(self, plan: Plan, *, seen: bool) -> Verdict:
+        """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured."""
+        task, unfit = self.task, self.task.not_to_be_run
+        if plan.trivial and not task.folded:
+            return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
+        if task.spans:  # to compile it may need the others, too
+            return self._untried(plan, unfit, seen)
+        task.progress.stage("judging")
+        self.turns.pause()
+        with Workers(1) as pool:  # beside the original, the first time
+            compiling = pool.submit(self._rewritten, plan)
+            try:
+                before = self.original
+            except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
+                return self._untried(plan, f"it cannot stand alone: {error}", seen)
+        try:
+            after, split = compiling.result()
+        except Exception as error:
+            return Verdict(kept=False, cause="failure", reason=f"the rewritten function fails: {error!r}")
+        trial = None if unfit else self.trial_arguments
+        if split is not None and trial is not None:
+            with self.marker.on("preparing what depends on frozen arguments alone"):
+                prepared = jax.block_until_ready(split.prepare(split.sides(trial)[0]))
+            after = replace(after, first=(*after.first, *prepared))
+        verdict = accept(
+            before,
+            after,
+            trial,
+            accuracy=self.accuracy,
+            memory_limit=task.options.memory_limit,
+            timed=task.options.verdict,
+            rival=self.rival,
+            stop=task.stop,
+            relax=task.options.relax,
+            turn=self.turns.timing,
+            first_run=partial(self.marker.on, "run for the first time"),
+        )
+        self.best = (after, verdict.ratio or 1.0) if verdict.kept else None
+        return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
+
+    @cached_property
+    def accuracy(self) -> Sequence[Accuracy]:
+        """How accurate each result can be."""
+        return accuracies(self.task.jaxpr)
+
+    @cached_property
+    def original(self) -> Compiled:
+        """The original, compiled as the user told."""
+        task = self.task
+
+        def replay(*flat: Any) -> list[Any]:
+            return eval_equations(task.original, flat)  # frozen or not, every time all of it
+
+        return compile_in(task.context, replay, task.shapes, task.told)
+
+    @cached_property
+    def trial_arguments(self) -> Sequence[Any]:
+        """What the two functions are compared on: the caller's own arguments where they tell something, or made-up
+        ones."""
+        given = [] if self.task.args is None else [self.task.args]
+        drawn = () if needs_real_arguments(self.task.jaxpr) else draws(self.task.shapes)
+        return liveliest(self.original, itertools.chain(given, drawn))
+
+    def _rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
+        """The program under a plan, compiled; where arguments are frozen the part that each call runs, which wants
+        what the other part prepares before its arguments."""
+        with self.marker.on("compiled"):
+            return self._compiled(plan)
+
+    def _compiled(self, plan: Plan) -> tuple[Compiled, Split | None]:
+        task, function, shapes = self.task, retrace(self.task.jaxpr, plan), self.task.shapes
+        if not any(task.frozen):
+            return compile_in(task.context, function, shapes, self.compiler_options), None
+        split = Split.of(flattened(function, shapes, expand=task.context == "entry"), task.frozen)
+        held, rest = split.sides(shapes)
+        unreal = task.args is None or task.not_to_be_run
+        kept = jax.eval_shape(split.prepare, held) if unreal else split.prepare(held)
+        compiled = compile_in(task.context, split.run, (*kept, *rest), self.compiler_options)
+        return replace(compiled, takes=tuple(i for i, held in enumerate(task.frozen) if not held)), split
+
+    def _untried(self, plan: Plan, why: str, seen: bool) -> Verdict:
+        """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
+        been seen to be right by itself."""
+        seen = seen or plan.trivial
+        kept = seen and (plan.predicted_ns < plan.written_ns or self.task.folded)
+        reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
+        return Verdict(kept=kept, reason=reason, cause="untried")

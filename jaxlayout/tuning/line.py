@@ -1,0 +1,519 @@
+"""The line of stages, run once for one program: graph, measure, solve, retrace, accept."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxlayout import __version__
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.convs.lowering import lowerings, may_crash, prepared_growth
+from jaxlayout.convs.primitive import CONVOLUTIONS
+from jaxlayout.convs.signature import Context, ConvSignature
+from jaxlayout.graph.build import LayoutGraph, Path, build_graph
+from jaxlayout.graph.fit import check_fit
+from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.program import ProgramKey, equations, program_key
+from jaxlayout.graph.rules.base import rule_names
+from jaxlayout.graph.shards import of_arguments
+from jaxlayout.graph.solve import solve
+from jaxlayout.layout import LayoutPolicy
+from jaxlayout.measure.contained import Proofs, check_runs, never
+from jaxlayout.measure.environment import LOWERED, Environment, current_environment, options_set
+from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure
+from jaxlayout.measure.marker import Marker
+from jaxlayout.measure.remote import Request, measure_elsewhere
+from jaxlayout.measure.turns import NoTurn, Turns
+from jaxlayout.rewrite.retrace import retrace
+from jaxlayout.rewrite.still import still_values
+from jaxlayout.runtime._compat import open_jaxpr
+from jaxlayout.runtime.progress import Progress, Silent
+from jaxlayout.runtime.threads import default_device
+from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.table import CostTable
+from jaxlayout.tuning.budget import process_budget
+from jaxlayout.tuning.forced import force
+from jaxlayout.tuning.judge import Judge
+from jaxlayout.tuning.model import CostModel
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.outcome import Outcome, untouched
+from jaxlayout.tuning.task import Task
+from jaxlayout.verify.accept import Verdict, allowance
+
+logger = logging.getLogger("jaxlayout")
+
+MEMORY_PRICES = *[0.5] * 4, *[4.0] * 2, *[32.0] * 2
+"""What a byte of temporary memory costs, in passes over it, from try to try, as long as the plan needs too much. Each
+time one lowering more is ruled out too."""
+
+OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
+"""Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
+0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
+
+FORGET = "`jaxlayout table prune --plans` forgets that, with all other plans, and keeps what was measured"
+"""What to do about a program that is not tried again without its fault."""
+
+
+class TableMiss(LookupError):
+    """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
+
+
+_tables: dict[str | None, CostTable] = {}
+_provisional: dict[tuple[Any, ...], Outcome] = {}
+"""What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
+for the table."""
+
+
+def open_table(path: str | None) -> CostTable:
+    """The process's one table for a path."""
+    return _tables.setdefault(path, CostTable(path))
+
+
+def decide(
+    jaxpr: Any,
+    args: Sequence[Any] | None,
+    options: Options,
+    *,
+    context: Context = "entry",
+    compiler_options: CompilerOptions = None,
+    choose_options: bool = False,
+    pinned: Plan | None = None,
+    frozen: Sequence[bool] = (),
+    written: Any = None,
+    shardings: Sequence[Any] = (),
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+    stop: threading.Event | None = None,
+    waited: float = 0.0,
+) -> Outcome:
+    """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
+
+    `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
+    if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
+    it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
+    `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
+    A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
+    elsewhere. `waited`: seconds that the call has waited for others already. Raises TableMiss if asked to, ValueError
+    for a pinned plan that does not fit, NoTurn where others timed for too long; whatever else goes wrong leaves the
+    program as it is, with the reason. Under the policy 'channels_last' nothing is measured, judged, or asked of the
+    table; 'off' wins over a pinned plan.
+    """
+    progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
+    if options.policy == "off":
+        return untouched("it is switched off: policy 'off'")
+    if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
+        return untouched("its shapes are symbolic")
+    if pinned is not None:
+        check_fit(jaxpr, pinned)
+        _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
+        check_runs(jaxpr, pinned, lambda: proofs_of(options, compiler_options, pinned.compiler_options, stop))
+        verdict = Verdict(kept=True, reason="pinned", cause="untried")
+        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=written is not None)
+    if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
+        return untouched("it has no convolution")
+    try:
+        if options.policy == "channels_last":
+            return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
+        told, original = (compiler_options, choose_options), jaxpr if written is None else written
+        if args is not None:
+            shardings = [getattr(x, "sharding", None) for x in args]
+        line = _Line(
+            Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop, waited)
+        )
+        if (stored := line.stored()) is not None:
+            return stored
+        if died := line.marker.left():
+            outcome = untouched(f"{died}: it is not tried again", "failure")
+            logger.warning("a program stays as it is: %s; if it was ended from outside, %s", died, FORGET)
+            line.store(outcome)
+            line.marker.clear()
+            return outcome
+        outcome = line.run()
+        if outcome.source == "stored":
+            return outcome
+        for extra in line.option_sets if line.may_choose(outcome) else ():
+            outcome = line.under(extra, outcome)
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=line.task.folded)
+        if not stop.is_set():
+            line.store(outcome)
+        return outcome
+    except (TableMiss, NoTurn, Warning):  # a warning is an exception where the user made it one
+        raise
+    except Exception as error:
+        logger.warning("tuning failed, the program stays as it is", exc_info=True)
+        return untouched(f"tuning failed: {error!r}", "failure")
+
+
+def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Event) -> Plan:
+    """The plan of least cost for a closed jaxpr of one convolution that stands in some other program, from the table or
+    by measuring, not judged, or as the policy has it; the empty one where that cannot be known. Raises TableMiss if
+    asked to, and NoTurn."""
+    if options.policy == "channels_last":
+        return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
+    line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
+    graph = line.graph({})
+    jobs = line.model.missing_convolutions(graph)
+    if line.measure("convolutions", jobs) < len(jobs):
+        return Plan()
+    for node in graph.sites:  # nobody judges the whole: what it takes by itself stays within the limit
+        if node.conv is not None and node.modes[0].candidate is not None:
+            known = line.model.measurement(node.conv, node.modes[0].candidate)
+            written = (known and known.temp_bytes) or 0
+            more = allowance(node.conv.nbytes + written, options.memory_limit)
+            line.model.most[node.conv.key] = written + more
+    return line.solve(graph)[0]
+
+
+def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
+    """The costs on a device under these options."""
+    environment = current_environment(device, _compiled(compiler_options)).fingerprint
+    if options.relaxed:
+        environment += "-relaxed"
+    # A policy that measures nothing leaves the file alone.
+    table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
+
+
+def proofs_of(
+    options: Options, told: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
+) -> Proofs:
+    """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
+    compiler_options = {**(told or {}), **extra} or None
+    path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
+    table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
+    return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)
+
+
+def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
+    return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
+
+
+class _Line:
+    """One run of the stages; what several of them need."""
+
+    def __init__(self, task: Task, extra: Mapping[str, str] = MappingProxyType({}), without: _Line | None = None):
+        """`extra`: compiler options on trial; `without`: the line without them."""
+        self.task, self.extra, self.without = task, extra, without
+        self.jaxpr, self.options = task.jaxpr, task.options
+        self.context: Context = task.context
+        self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
+        self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
+        self.complete = True
+        """Whether all convolutions have been measured."""
+        self.device = default_device()
+        self.table = open_table(self.options.table)
+        self.divided = of_arguments(self.jaxpr, task.shardings)
+        self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
+        versions = {name: lowering.version for name, lowering in lowerings().items()}
+        # Measurements outlive a release. What is planned from them, and judged, each release does anew.
+        rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
+        compiled = _compiled(self.compiler_options)
+        choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
+        choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
+        lowered = options_set(LOWERED)
+        self.plans = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
+        self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
+        self.marker = Marker.of(self.table.asked, self.plans, self.key.function)
+        if without is None:
+            self.spender = process_budget.spender()
+            timeout, waiting = self.options.lock_timeout, self.spender.waiting
+            self.turns = Turns(timeout, self.stop, waiting=waiting, waited=task.waited)
+            self.judging = Judge(task, task.told, self.turns, self.marker)
+        else:
+            self.spender, self.turns = without.spender, without.turns
+            self.judging = without.judging.under(self.compiler_options)
+
+    def stored(self) -> Outcome | None:
+        """What was decided before, if anything."""
+        text = self.table.load_plan(self.plans, self.key.function)
+        if text is None or (found := self.parsed(text, fit=True)) is None:
+            return _provisional.get(self.place)
+        return replace(found, source="stored", folded=self.task.folded)
+
+    def parsed(self, text: str, *, fit: bool = False) -> Outcome | None:
+        """What a stored text says, if it makes sense. `fit`: for this very program."""
+        try:
+            outcome = Outcome.from_json(json.loads(text))
+            if fit:
+                check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
+                _check_options(outcome.plan, self.option_sets)
+                check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
+            return outcome
+        except (ValueError, RecursionError) as error:
+            logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
+            return None
+
+    @property
+    def option_sets(self) -> Sequence[Mapping[str, str]]:
+        """The compiler options that a plan may ask for here."""
+        return OPTION_SETS.get(self.device.platform, ()) if self.task.choose_options else ()
+
+    def proofs_under(self, extra: Mapping[str, str]) -> Proofs:
+        """`proofs_of`, under compiler options beside those told."""
+        return proofs_of(self.options, self.task.told, extra, self.stop)
+
+    @cached_property
+    def proofs(self) -> Proofs:
+        """Of what this line plans."""
+        return self.proofs_under(self.extra)
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self.table.path, self.plans, self.key.function, self.options
+
+    def store(self, outcome: Outcome) -> None:
+        if outcome.source == "heuristic":
+            _provisional[self.place] = outcome
+            return
+        sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
+        self.table.store_plan(self.plans, self.key.function, self.key.skeleton, sizes, payload)
+
+    def nearest(self) -> dict[Path, Candidate]:
+        """What the plan of the same program at the nearest sizes chose."""
+
+        def distance(sizes: Sequence[int]) -> float:
+            ratios = np.log(np.maximum(sizes, 1)) - np.log(np.maximum(self.key.sizes, 1))
+            return float(np.abs(ratios).sum())
+
+        found = [
+            (distance(json.loads(sizes)), outcome)
+            for function, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
+            if function != self.key.function  # else it has been refused: no hint either
+            if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self.parsed(payload)) is not None
+        ]
+        if not found:
+            return {}
+        choices = min(found, key=lambda pair: pair[0])[1].plan.choices
+        return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
+
+    def graph(self, near: dict[Path, Candidate]) -> LayoutGraph:
+        """The graph; of the candidates, what is worth timing beside those written."""
+        wanted = set(near.values())
+
+        def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
+            ways = self.model.candidates(conv, written, relaxed=self.options.relaxed)
+            ways = [way for way in ways if way == written or self.worth(conv, way, wanted)]
+            return [way for way in ways if way == written or self.offers(way.lowering)]
+
+        still = _still(self.jaxpr, self.frozen)
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, still, self.divided)
+
+    def offers(self, lowering: str) -> bool:
+        """Whether it can be seen first that forms of a lowering run, where that has to be."""
+        return not may_crash(lowering) or self.proofs.offers(lowering)
+
+    def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
+        """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
+        without the compiler options now on trial."""
+        if self.without is not None:
+            before = self.without.model.measurement(conv, way)
+            return before is not None and before.status == "ok"
+        return not wanted or way in wanted
+
+    def run(self) -> Outcome:
+        near = self.nearest()
+        graph = self.graph(near)
+        missing = self.model.missing_convolutions(graph)
+        timed = self.measure("convolutions", missing)
+        self.complete = timed == len(missing)
+        timed += self.measure("other equations", self.model.missing_works(graph))
+        if timed and (stored := self.stored()) is not None:
+            return stored  # another process was ahead with the same
+        outcome, refused, least = untouched("tuning was interrupted"), "", np.inf
+        suspects, innocent = set[tuple[str, str]](), set[tuple[str, str]]()
+        for price in MEMORY_PRICES:
+            self.model.byte_ns = price / self.model.policy.bytes_per_ns
+            plan, more = self.solve(graph)
+            timed += more
+            if self.stop.is_set():
+                return outcome
+            source = "heuristic" if not self.complete else "nearest" if near else "measured"
+            outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
+            while outcome.verdict.cause == "memory" and (sizes := self.sealed(plan)):
+                plan = replace(plan, sealed_bytes=max(sizes) // 2)
+                outcome = replace(outcome, plan=plan, verdict=self.judge(plan))
+            if outcome.verdict.cause != "memory":
+                verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
+                return replace(outcome, verdict=verdict)
+            refused = refused or f" (of the plan that should be fastest: {outcome.verdict.reason})"
+            if (outcome.verdict.tuned_temp or 0) >= least:  # it was not their fault
+                self.model.forbidden -= suspects
+                innocent |= suspects
+            least = min(least, outcome.verdict.tuned_temp or np.inf)
+            suspects = self.hungriest(graph, plan, innocent)
+            self.model.forbidden |= suspects
+        return outcome
+
+    def sealed(self, plan: Plan) -> list[int]:
+        """The sizes of arrays that a plan has written out before convolutions that read them often."""
+        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, plan))(*self.task.shapes))
+        found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
+        return [eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found]
+
+    def may_choose(self, outcome: Outcome) -> bool:
+        """Whether compiler options are worth a try: only where whole functions may be timed."""
+        timed = self.options.verdict and self.options.on_miss == "measure" and not self.task.not_to_be_run
+        sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
+        return timed and sound and not self.out_of_time()
+
+    def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
+        """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
+        tried with them, and only where that is faster the program is planned for them."""
+        line = _Line(self.task, extra, self)
+        plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
+        try:
+            check_runs(self.jaxpr, plan, lambda: line.proofs)
+        except ValueError:
+            return best
+        same = replace(best, plan=plan, verdict=line.judge(plan))
+        if not same.kept:
+            return best
+        anew = line.run()
+        return anew if anew.kept and (anew.verdict.ratio or 1.0) > (same.verdict.ratio or 1.0) else same
+
+    def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
+        """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
+        Those that no plan wants are never measured."""
+        measured = 0
+        while True:
+            self.progress.stage("solving")
+            plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
+            plan = replace(plan, compiler_options=self.extra)
+            done = self.measure("conversions", self.model.missing_conversions(plan))
+            if not done and not self.ruled_out(graph, plan):
+                return plan, measured
+            measured += done
+
+    def ruled_out(self, graph: LayoutGraph, plan: Plan) -> int:
+        """How many forms of a plan may not run here, by what has been entered into the table by now: they may have been
+        measured elsewhere."""
+        count = 0
+        for node in graph.sites:
+            mode = plan.choices.get(node.path, node.modes[0])
+            conv, way = node.conv, mode.candidate
+            if conv is None or way is None or mode == node.modes[0] or not may_crash(way.lowering):
+                continue
+            if (found := self.proofs(conv, way)).status != "ok":
+                self.model.record(conv.key, {candidate_id(way): found})
+                count += 1
+        return count
+
+    def measure(self, what: str, jobs: Sequence[Job]) -> int:
+        """Time jobs into the table, inside the budget. Gives how many were."""
+        if not jobs or self.options.on_miss == "heuristic" or self.out_of_time():
+            return 0
+        if self.options.on_miss == "error":
+            raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
+        self.progress.stage(f"measuring {what}", len(jobs))
+        if self.task.executor is not None:  # its workers may be of this machine, and take the lock
+            with self.spender.spending():
+                self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
+        left = [job for job in jobs if not self.model.learned(job)]  # by others, or just now elsewhere
+        with self.spender.spending():
+            here = measure(
+                left,
+                device=self.device,
+                memory_bytes=available_memory(self.device),
+                relax=self.options.relax,
+                compiler_options=self.compiler_options,
+                prove=self.proofs,
+                peaks=self.model.peaks(self.device, self.compiler_options),
+                turns=self.turns,
+                known=self.model.learned,
+            )
+            done = len(jobs) - len(left) + self.keep(here)
+        if done < len(jobs):
+            logger.info("%d of %d %s measured, then stopped", done, len(jobs), what)
+        return done
+
+    def keep(self, measured: Generator[tuple[Job, dict[str, Measurement]]]) -> int:
+        """Enter what is measured into the table, until time is up. Gives how many jobs were."""
+        done = 0
+        with closing(measured):  # which may hold the turn to time
+            while not self.out_of_time() and (one := next(measured, None)) is not None:
+                self.model.record(one[0].key, one[1])
+                self.progress.step()
+                done += 1
+        return done
+
+    @cached_property
+    def here(self) -> Environment:
+        """What a worker has to be like."""
+        return current_environment(self.device, _compiled(self.compiler_options))
+
+    def request(self, make: Callable[[], Job]) -> Request:
+        """A job for the workers of an executor."""
+        return Request(
+            make=make,
+            environment=self.here,
+            compiler_options=self.compiler_options,
+            relax=self.options.relax,
+        )
+
+    def out_of_time(self) -> bool:
+        return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
+
+    def judge(self, plan: Plan) -> Verdict:
+        """`Judge.verdict`."""
+        return self.judging.verdict(plan, seen=self.complete)
+
+    def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
+        """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
+        most memory is alive (more than half of the most), what they prepare of the kernel included, the one that is the
+        least loss for it. With it all others that need as much there, but for the one that is written."""
+        needs: dict[tuple[str, str], int] = {}
+        losses: dict[tuple[str, str], float] = {}
+        likes: dict[tuple[str, str], set[tuple[str, str]]] = {}
+
+        def temp(conv: ConvSignature, candidate: Candidate) -> int:
+            found = self.model.measurement(conv, candidate)
+            if found is None or found.median_ns is None:
+                return 0
+            return max(found.temp_bytes or 0, prepared_growth(candidate.lowering, conv, candidate.dims))
+
+        for node in graph.sites:
+            mode, conv, written = plan.choices.get(node.path), node.conv, node.modes[0]
+            if conv is None or mode is None or mode.candidate is None or mode == written:
+                continue
+            chosen = mode.candidate
+            key = conv.key, chosen.lowering
+            if key in innocent:
+                continue
+            needs[key] = conv.nbytes + temp(conv, chosen)
+            alike = {chosen.lowering} | {
+                way.lowering
+                for m in node.modes
+                if (way := m.candidate) is not None and temp(conv, way) >= max(1, temp(conv, chosen))
+            }
+            if written.candidate is not None:
+                alike.discard(written.candidate.lowering)
+            likes[key] = {(conv.key, lowering) for lowering in alike}
+            others = [m for m in node.modes if m.candidate and m.candidate.lowering not in alike]
+            loss = min((self.model.node_ns(node, m) for m in others), default=np.inf) - self.model.node_ns(node, mode)
+            losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
+        hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
+        return likes[max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3))] if hungry else set()
+
+
+def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
+    """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""
+    if plan.compiler_options not in ({}, *known):
+        raise ValueError(f"the plan asks for compiler options that are not among ours: {dict(plan.compiler_options)}")
+
+
+def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
+    """The variables that are computed once, where some arguments are frozen."""
+    return still_values(jaxpr, frozen) if any(frozen) else ()

@@ -1,0 +1,78 @@
+"""`Task`: a program to be tuned, and how."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxlayout.convs.signature import Context
+from jaxlayout.graph.program import has_effects, needs_real_arguments, runs_host_code
+from jaxlayout.graph.shards import spans_processes
+from jaxlayout.measure.jobs import CompilerOptions
+from jaxlayout.runtime._compat import is_array, open_jaxpr
+from jaxlayout.runtime.progress import Progress
+from jaxlayout.tuning.options import Options
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What `decide` is asked (see there), and what follows from that alone."""
+
+    jaxpr: Any
+    args: Sequence[Any] | None
+    options: Options
+    context: Context
+    told: CompilerOptions
+    """The compiler options given."""
+    choose_options: bool
+    frozen: Sequence[bool]
+    original: Any
+    """The closed jaxpr to hold it against."""
+    shardings: Sequence[Any]
+    executor: Executor | None
+    progress: Progress
+    stop: threading.Event
+    waited: float = 0.0
+    """Seconds that the call has waited for others already."""
+
+    @property
+    def folded(self) -> bool:
+        """Whether the program is more than the original written out."""
+        return self.original is not self.jaxpr
+
+    @property
+    def spans(self) -> bool:
+        """Whether the arguments are divided among several processes."""
+        return spans_processes(self.shardings)
+
+    @property
+    def shapes(self) -> Sequence[Any]:
+        """The arguments as far as compiling needs them."""
+        if self.args is not None:
+            return self.args
+        avals = [v.aval for v in open_jaxpr(self.jaxpr).invars]
+        places = self.shardings or [None] * len(avals)
+        return list(map(_shape, avals, places))
+
+    @property
+    def not_to_be_run(self) -> str:
+        """Why the function must not be run on trial, if so."""
+        if has_effects(self.jaxpr):
+            return "it has side effects"
+        if runs_host_code(self.jaxpr):
+            return "it calls back into Python"
+        if self.spans:
+            return "it spans several processes"
+        if self.args is None and needs_real_arguments(self.jaxpr):
+            return "made-up arguments could stop it from ending"
+        return ""
+
+
+def _shape(aval: Any, sharding: Any) -> Any:
+    """What an argument of some type is compiled for; the type of a reference stands for itself."""
+    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding) if is_array(aval) else aval
