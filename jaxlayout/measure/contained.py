@@ -30,8 +30,6 @@ from typing import Any
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named, may_crash, not_importable
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.graph.fit import located, misfit
-from jaxlayout.graph.plan import Plan
 from jaxlayout.measure.environment import current_environment, settings
 from jaxlayout.measure.jobs import CompilerOptions, available_memory, candidate_id
 from jaxlayout.runtime.threads import default_device
@@ -142,26 +140,6 @@ class Proofs:
             if answer["spent"]:
                 helper.close()
             return Measurement.from_json(answer["measurement"])
-
-
-def needs_proof(plan: Plan) -> bool:
-    """Whether anything in a plan may crash."""
-    ways = [mode.candidate for mode in plan.choices.values()]
-    return any(way is not None and may_crash(way.lowering) for way in ways)
-
-
-def check_runs(jaxpr: Any, plan: Plan, proofs: Callable[[], Proofs]) -> None:
-    """Raise ValueError, naming the equation, where a plan that fits has a form that must not run here. `proofs`: called
-    where anything in it may crash."""
-    if not needs_proof(plan):
-        return
-    equations, asked = dict(located(jaxpr)), proofs()
-    for path, mode in plan.choices.items():
-        if mode.candidate is not None:
-            lhs, rhs = (v.aval for v in equations[path].invars)
-            conv = ConvSignature.of(lhs, rhs, equations[path].params)
-            if why := asked.objection(conv, mode.candidate):
-                raise misfit(equations[path], path, f"must not be computed by {mode.candidate} here: {why}")
 
 
 class Helper:

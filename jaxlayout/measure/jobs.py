@@ -26,7 +26,6 @@ from jax import lax
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, versioned
 from jaxlayout.convs.signature import Context, ConvSignature
-from jaxlayout.graph.build import Mode, Work
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Order
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.measure.reference import reference
@@ -116,8 +115,8 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
 
     def inputs() -> Any:
         rng = np.random.default_rng(0)
-        lhs = _random(rng, conv.lhs_shape(last.lhs), conv.lhs_dtype)
-        rhs = _random(rng, conv.rhs_shape(last.rhs), conv.rhs_dtype)
+        lhs = random_array(rng, conv.lhs_shape(last.lhs), conv.lhs_dtype)
+        rhs = random_array(rng, conv.rhs_shape(last.rhs), conv.rhs_dtype)
         images = max(1, REFERENCE_MACS * conv.batch // max(1, conv.macs)) if conv.batch_groups == 1 else conv.batch
         some = replace(conv, batch=min(conv.batch, images))
         expected = reference(some, lhs[: some.batch], rhs)
@@ -162,35 +161,11 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
     )
 
 
-def mode_id(mode: Mode) -> str:
-    """The key of a mode of an equation that is no convolution."""
-    return f"{_digits(mode.operands)}->{_digits(mode.results)}"
-
-
-def _digits(orders: Sequence[Order]) -> str:
-    return ",".join(".".join(map(str, order)) for order in orders)
-
-
-def work_job(work: Work, modes: Sequence[Mode]) -> Job:
-    """The job of timing an equation in the orders it can work in."""
-    by_id = {mode_id(mode): mode for mode in modes}
-
-    def alternative(mode: Mode) -> Callable[..., Any]:
-        return lambda *arrays: work.apply(mode, arrays)
-
-    def inputs() -> Any:
-        rng = np.random.default_rng(0)
-        logical = [_random(rng, value.shape, value.dtype) for value in work.operands]
-        return lambda name: tuple(map(np.transpose, logical, by_id[name].operands)), None
-
-    return Job(work.key, {name: alternative(mode) for name, mode in by_id.items()}, inputs, context=work.context)
-
-
 def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context: Context) -> Job:
     """The job of timing one transpose of a physical array."""
 
     def inputs() -> Any:
-        array = _random(np.random.default_rng(0), tuple(shape), dtype)
+        array = random_array(np.random.default_rng(0), tuple(shape), dtype)
         return lambda name: (array,), None
 
     return Job(
@@ -221,7 +196,7 @@ def coalesced(shape: Sequence[int], permutation: Order) -> tuple[tuple[int, ...]
     return sizes, tuple(ranked.index(group) for group in groups)
 
 
-def _random(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Ordinary numbers of a dtype; small ones where it is an integer, so that sums stay exact."""
     if jnp.issubdtype(dtype, jnp.integer) or dtype == np.bool_:
         return rng.integers(0 if dtype.kind in "ub" else -3, 4, shape).astype(dtype)

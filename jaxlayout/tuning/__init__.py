@@ -2,10 +2,10 @@
 
 - `line`: the stages one after the other.
 - `task`, `options`: what is asked.
-- `model`: where the questions of a graph's solver meet the table.
+- `model`: where the questions of a graph's solver meet the table; `work`: equations that are no convolutions, as jobs.
 - `judge`: the program under a plan against the original.
 - `forced`: the policy that measures nothing.
 - `budget`: how long this process has measured.
-- `first`: the first run of a program that has in it what may crash.
+- `proofs`: whether a plan's forms that may crash have been seen to run; `first`: the first run of a program of such.
 - `outcome`: what it came to.
 """

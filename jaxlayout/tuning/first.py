@@ -13,9 +13,10 @@ from typing import Any
 
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import program_key
-from jaxlayout.measure.contained import Proofs, needs_proof
+from jaxlayout.measure.contained import Proofs
 from jaxlayout.measure.marker import Marker
 from jaxlayout.table.measurement import Measurement, failed
+from jaxlayout.tuning.proofs import needs_proof
 
 
 class FirstRun:

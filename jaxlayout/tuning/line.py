@@ -31,7 +31,7 @@ from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.shards import of_arguments
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
-from jaxlayout.measure.contained import Proofs, check_runs, never
+from jaxlayout.measure.contained import Proofs, never
 from jaxlayout.measure.environment import LOWERED, Environment, current_environment, options_set
 from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure
 from jaxlayout.measure.marker import Marker
@@ -50,6 +50,7 @@ from jaxlayout.tuning.judge import Judge
 from jaxlayout.tuning.model import CostModel
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched
+from jaxlayout.tuning.proofs import check_runs
 from jaxlayout.tuning.task import Task
 from jaxlayout.verify.accept import Verdict, allowance
 

@@ -24,14 +24,13 @@ from jaxlayout.measure.jobs import (
     candidate_id,
     coalesced,
     conv_job,
-    mode_id,
     transpose_job,
     transpose_key,
-    work_job,
 )
 from jaxlayout.measure.peaks import KEY, Peaks
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.table import CostTable
+from jaxlayout.tuning.work import mode_id, work_job
 
 
 @dataclass(slots=True)
