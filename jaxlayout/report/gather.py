@@ -19,8 +19,9 @@ from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import Division
 from jaxlayout.graph.solve import wiring
 from jaxlayout.layout import Order, identity, moves_data
+from jaxlayout.report.explanation import Explanation, Site
 from jaxlayout.report.flow import Flow, axis_letters, converted, is_derived, modes_under, nearest_anchor, order_name
-from jaxlayout.report.value import Barrier, Explanation, Move, Site, Transpose, Tried, short_line
+from jaxlayout.report.value import Barrier, Move, Transpose, Tried, short_line
 from jaxlayout.rewrite.still import still_values
 from jaxlayout.tuning.model import CostModel
 from jaxlayout.tuning.outcome import Outcome

@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from jaxlayout.report.value import Explanation
-from jaxlayout.report.words import Group, facts, groups, headline, ms, scope, shapes, summary, times, wrong_as_written
+from jaxlayout.report.value import Facts
+from jaxlayout.report.words import (
+    Group,
+    facts,
+    groups,
+    headline,
+    ms,
+    scope,
+    shapes,
+    summary,
+    times,
+    why_nothing,
+    wrong_as_written,
+)
 
 STYLE = """
 .jaxlayout { font-family: sans-serif; font-size: 13px; line-height: 1.4 }
@@ -27,14 +39,14 @@ STYLE = """
 NUMBERS = frozenset({"ms", "±", "tries", "error", "memory", "runs", "times"})
 
 
-def of_explanation(told: Explanation) -> str:
+def of_explanation(told: Facts) -> str:
     """The whole report; the candidates of each convolution can be unfolded."""
     state = "kept" if told.outcome.kept else "left"
     parts = [f'<div class="{state}"><code>{escape(told.name)}</code> {escape(headline(told))}</div>']
     if wrong := wrong_as_written(told):
         parts.append(f'<p class="wrong">{escape(wrong)}</p>')
-    if told.nothing_gained:
-        parts.append(f"<p>{escape(told.nothing_gained)}</p>")
+    if why := why_nothing(told):
+        parts.append(f"<p>{escape(why)}</p>")
     whole = "".join(
         f'<tr><td class="dim">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in summary(told)
     )
@@ -71,7 +83,7 @@ def _folded(title: str, table: str) -> str:
     return f"<details><summary><b>{escape(title)}</b></summary>{table}</details>"
 
 
-def _convolutions(told: Explanation) -> str:
+def _convolutions(told: Facts) -> str:
     rows = []
     for group in groups(told):
         site, written, chosen = group.first, group.first.written, group.first.chosen
@@ -99,7 +111,7 @@ def _candidates(group: Group) -> str:
     return f'<details><summary class="dim">{len(rows)} candidates</summary>{table}</details>'
 
 
-def _conversions(told: Explanation) -> str:
+def _conversions(told: Facts) -> str:
     rows = [
         [
             f"{escape(move.dtype)}{list(move.shape)}",

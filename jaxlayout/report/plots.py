@@ -19,8 +19,8 @@ try:
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install 'jaxlayout[plots]'") from error
 
-from jaxlayout.report.value import Explanation, Site, Step
-from jaxlayout.report.words import Group, groups, headline, ms, shapes, times, where
+from jaxlayout.report.value import Facts, SiteFacts, Step
+from jaxlayout.report.words import Group, groups, headline, ms, shapes, times, where, why_nothing
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
@@ -35,7 +35,7 @@ def _figure(width: float, height: float) -> Figure:
 # The cost of one convolution
 
 
-def costs(site: Site) -> Figure:
+def costs(site: SiteFacts) -> Figure:
     """Lowerings by orders, in ms."""
     cells = {(one.candidate.lowering, str(one.candidate.dims)): one for one in site.tried}
     best: dict[str, float] = {}
@@ -112,7 +112,7 @@ def _is_dark(colour: Any) -> bool:
 MOST_BARS = 30
 
 
-def predicted(told: Explanation) -> Figure:
+def predicted(told: Facts) -> Figure:
     """Milliseconds each time the function runs: the whole above, convolutions below."""
     verdict, plan = told.outcome.verdict, told.outcome.plan
     whole = [
@@ -244,7 +244,7 @@ def lanes(steps: Sequence[Step], most: int = MOST_LANES) -> Lanes:
     return found
 
 
-def graph(told: Explanation) -> Figure:
+def graph(told: Facts) -> Figure:
     """One row for each step, one column for each branch, with what each step is and takes."""
     steps = told.steps
     placed = lanes(steps)
@@ -267,7 +267,7 @@ def graph(told: Explanation) -> Figure:
         pen.heading(strip)
     _legend(figure, steps, colours, told, width, height)
     if not steps:
-        axes.text(0.2, 1.1, told.nothing_gained or "Nothing to draw.", fontsize=9)
+        axes.text(0.2, 1.1, why_nothing(told) or "Nothing to draw.", fontsize=9)
     return figure
 
 
@@ -304,7 +304,7 @@ class _Pen:
     per: int
     wide: float
     colours: dict[str, str]
-    told: Explanation
+    told: Facts
 
     def x(self, row: int, lane: float) -> float:
         return 0.3 + self.wide * (row // self.per) + LANE * lane
@@ -373,7 +373,7 @@ class _Pen:
             how = "right" if column == "ms" else "left"
             self.axes.text(left + TEXT[column], y, name, fontsize=7.5, va="center", ha=how, color=GREY, style="italic")
 
-    def words(self, step: Step, site: Site | None, row: int, y: float) -> None:
+    def words(self, step: Step, site: SiteFacts | None, row: int, y: float) -> None:
         left = self.x(row, self.placed.count) + 0.05
         label = step.label if site is None else f"{step.site}  {step.label}"
         if row in self.placed.cut:
@@ -404,7 +404,7 @@ def _cut(text: str, most: int) -> str:
 
 
 def _legend(
-    figure: Figure, steps: Sequence[Step], colours: dict[str, str], told: Explanation, width: float, height: float
+    figure: Figure, steps: Sequence[Step], colours: dict[str, str], told: Facts, width: float, height: float
 ) -> None:
     used = {step.kind for step in steps}
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]

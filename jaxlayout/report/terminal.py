@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from jaxlayout.report.value import Explanation, Site
+from jaxlayout.report.value import Facts, SiteFacts
 from jaxlayout.report.words import (
     facts,
     groups,
@@ -24,6 +24,7 @@ from jaxlayout.report.words import (
     summary,
     times,
     where,
+    why_nothing,
     wrong_as_written,
 )
 
@@ -33,14 +34,14 @@ WIDTH = 120
 """Columns of `str`, which knows no terminal."""
 
 
-def of_explanation(told: Explanation) -> Group:
+def of_explanation(told: Facts) -> Group:
     """The whole report."""
     found = groups(told)
     parts: list[Any] = [_head(told)]
     if wrong := wrong_as_written(told):
         parts.append(Text(wrong, style="bold red"))
-    if told.nothing_gained:
-        parts.append(Text(told.nothing_gained, style="bold"))
+    if why := why_nothing(told):
+        parts.append(Text(why, style="bold"))
     if found:
         parts += _titled("Convolutions", _convolutions(told))
     for group in found if len(found) <= DETAILED else ():
@@ -56,7 +57,7 @@ def of_explanation(told: Explanation) -> Group:
     return Group(*parts)
 
 
-def of_site(site: Site) -> Group:
+def of_site(site: SiteFacts) -> Group:
     """One convolution: all that was measured of it."""
     head = Text(where(site), style="bold")
     if site.scope:
@@ -89,7 +90,7 @@ def _titled(title: str, table: Table) -> list[Any]:
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 
 
-def _head(told: Explanation) -> Group:
+def _head(told: Facts) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
@@ -99,7 +100,7 @@ def _head(told: Explanation) -> Group:
     return Group(Text(headline(told), style=style), Padding(grid, (0, 0, 0, 2)))
 
 
-def _convolutions(told: Explanation) -> Table:
+def _convolutions(told: Facts) -> Table:
     rows = []
     for group in groups(told):
         site, written, chosen = group.first, group.first.written, group.first.chosen
@@ -126,7 +127,7 @@ def _convolutions(told: Explanation) -> Table:
     return _table([*columns, ("ms", RIGHT), ("runs", RIGHT)], rows)
 
 
-def _candidates(site: Site) -> Table:
+def _candidates(site: SiteFacts) -> Table:
     rows = []
     for one in site.tried:
         style = "green" if one.chosen else "" if one.measurement and one.measurement.median_ns else "dim"
@@ -137,7 +138,7 @@ def _candidates(site: Site) -> Table:
     return _table([("candidate", {}), ("ms", RIGHT), ("tries", RIGHT), ("error", RIGHT), ("", {})], rows)
 
 
-def _conversions(told: Explanation) -> Table:
+def _conversions(told: Facts) -> Table:
     rows = []
     for move in told.moves:
         what = f"conversion of {move.dtype}{list(move.shape)}"
@@ -148,7 +149,7 @@ def _conversions(told: Explanation) -> Table:
     return _table([*columns, ("ms", RIGHT), ("runs", RIGHT)], rows)
 
 
-def _transposes(told: Explanation) -> Table:
+def _transposes(told: Facts) -> Table:
     rows = [
         (one.line, f"{list(one.shape)} by {list(one.permutation)}", "absorbed" if one.absorbed else "stays")
         for one in told.transposes
@@ -156,7 +157,7 @@ def _transposes(told: Explanation) -> Table:
     return _table([("where", {}), ("what", {}), ("", {})], rows)
 
 
-def _barriers(told: Explanation) -> Table:
+def _barriers(told: Facts) -> Table:
     rows = [(one.name, one.count, listed(one.lines)) for one in told.barriers]
     columns = [("primitive", {}), ("times", RIGHT), ("where", {})]
     return _table(columns, rows)

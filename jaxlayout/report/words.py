@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
-from jaxlayout.report.value import Explanation, Site, Tried, short_line
+from jaxlayout.report.value import Facts, SiteFacts, Tried, short_line
 
 SOURCES = {
     "measured": "measured now",
@@ -40,13 +40,13 @@ def size(count: float | None) -> str:
     return f"{count:.1f} GiB"
 
 
-def headline(told: Explanation) -> str:
+def headline(told: Facts) -> str:
     """What became of the function."""
     word = "kept" if told.outcome.kept else "left as it is"
     return f"{word}: {told.outcome.verdict.reason}{', provisional' if told.provisional else ''}"
 
 
-def wrong_as_written(told: Explanation) -> str:
+def wrong_as_written(told: Facts) -> str:
     """Which convolutions XLA computes wrongly as they are written; '' where none was found to be."""
     wrong = [group for group in groups(told) if group.first.wrong]
     if not wrong:
@@ -58,7 +58,7 @@ def wrong_as_written(told: Explanation) -> str:
     )
 
 
-def why_nothing(told: Explanation) -> str:
+def why_nothing(told: Facts) -> str:
     """Why the function runs as it was written, in one sentence; '' where it does not."""
     outcome, verdict = told.outcome, told.outcome.verdict
     if outcome.kept:
@@ -84,7 +84,7 @@ def why_nothing(told: Explanation) -> str:
     return f"Nothing was gained: {verdict.reason}."
 
 
-def summary(told: Explanation) -> list[tuple[str, str]]:
+def summary(told: Facts) -> list[tuple[str, str]]:
     """The facts about the whole, each with its name."""
     outcome, plan, verdict = told.outcome, told.outcome.plan, told.outcome.verdict
     rows = []
@@ -126,7 +126,7 @@ def summary(told: Explanation) -> list[tuple[str, str]]:
     return rows
 
 
-def _won_back(told: Explanation) -> str:
+def _won_back(told: Facts) -> str:
     if not told.outcome.kept:
         return "never: nothing is saved"
     if told.saved_ns is None:
@@ -140,10 +140,10 @@ def _won_back(told: Explanation) -> str:
 class Group:
     """Equal convolutions that have the same form, the first of which stands for all."""
 
-    sites: tuple[tuple[int, Site], ...]
+    sites: tuple[tuple[int, SiteFacts], ...]
 
     @property
-    def first(self) -> Site:
+    def first(self) -> SiteFacts:
         """One of them."""
         return self.sites[0][1]
 
@@ -165,28 +165,28 @@ class Group:
         return list(dict.fromkeys(where(site) for _, site in self.sites))
 
 
-def groups(told: Explanation) -> list[Group]:
+def groups(told: Facts) -> list[Group]:
     """The convolutions, equal ones together."""
-    found: dict[tuple, list[tuple[int, Site]]] = {}
+    found: dict[tuple, list[tuple[int, SiteFacts]]] = {}
     for number, site in enumerate(told.sites):
         key = site.signature, site.kind, str(site.written.candidate), str(site.chosen.candidate)
         found.setdefault(key, []).append((number, site))
     return [Group(tuple(sites)) for sites in found.values()]
 
 
-def where(site: Site) -> str:
+def where(site: SiteFacts) -> str:
     """The user's line, and the function that wrote the convolution: "model.py:12 Conv.__call__"."""
     function = site.line.rpartition(" (")[2].rstrip(")")
     return f"{short_line(site.caller).partition(' (')[0]} {function}"
 
 
-def scope(site: Site) -> str:
+def scope(site: SiteFacts) -> str:
     """The innermost name scopes that are the user's, without what differentiation puts around them."""
     names = (re.sub(r"\b[a-z]+\(|\)", "", name) for name in site.scope.split("/"))
     return "/".join([name for name in names if name][-3:])
 
 
-def shapes(site: Site) -> str:
+def shapes(site: SiteFacts) -> str:
     """Its arrays: "8x56x56x64 * 3x3x64x64 → 8x56x56x64"."""
     lhs, rhs, out = ("x".join(map(str, shape)) for shape in (site.lhs, site.rhs, site.out))
     return f"{lhs} * {rhs} → {out}"
