@@ -680,7 +680,7 @@ def test_pickled(make):
     expected = f(X, K)
     g = again(f)
     close(g(X, K), expected)
-    assert (g.options, g.pinned, g._told, g.__name__) == (f.options, f.pinned, f._told, f.__name__)
+    assert (g.options, g.pinned, g._tuner.told, g.__name__) == (f.options, f.pinned, f._tuner.told, f.__name__)
     assert g.outcome(X, K).kept and is_tuned(g, X, K)
 
 

@@ -1,6 +1,7 @@
 """What a user holds.
 
 - `decorator`: `auto_layout`, the whole line behind `jax.jit`.
+- `tuner`: one function, and how it is tuned.
 - `frozen`: a function some of whose arguments are given once and for all.
 - `wrapped`: functions as JAX sees them, and what a jit was told.
 - `derived`: convolutions that JAX derives after the function they stand in was planned.

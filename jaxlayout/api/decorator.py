@@ -10,23 +10,19 @@ import functools
 import inspect
 import logging
 import threading
-import time
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
-from functools import partial
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from typing import Any, overload
 
 import jax
-import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxlayout.api.derived import Measured
 from jaxlayout.api.frozen import Frozen
-from jaxlayout.api.processes import agreed, all_take_part
+from jaxlayout.api.tuner import Tuner
 from jaxlayout.api.wrapped import (
     NOT_NESTED,
     StandIn,
@@ -36,14 +32,13 @@ from jaxlayout.api.wrapped import (
     program_of,
     take_after,
     told_shardings,
-    traced_once,
 )
 from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
-from jaxlayout.graph.shards import of_arguments, placement, placements, spans_processes
-from jaxlayout.measure.turns import TELL_SECONDS, NoTurn
-from jaxlayout.report import Explanation, explain
+from jaxlayout.graph.shards import placement, placements
+from jaxlayout.measure.turns import NoTurn
+from jaxlayout.report import Explanation
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.runtime._compat import (
     am_i_under_a_jit,
@@ -51,17 +46,12 @@ from jaxlayout.runtime._compat import (
     consts_as_arguments,
     consts_of,
     eval_equations,
-    is_array,
-    open_jaxpr,
 )
-from jaxlayout.runtime.nesting import inside, within
-from jaxlayout.runtime.progress import progress_bar
 from jaxlayout.runtime.settings import is_plain
-from jaxlayout.runtime.threads import apart, default_device, device_of, is_real, one_device
+from jaxlayout.runtime.threads import device_of, is_real, one_device
 from jaxlayout.tuning.first import FirstRun
-from jaxlayout.tuning.line import cost_model, decide, proofs_of
 from jaxlayout.tuning.options import Options
-from jaxlayout.tuning.outcome import Outcome, postponed, untouched
+from jaxlayout.tuning.outcome import Outcome, postponed
 
 logger = logging.getLogger("jaxlayout")
 
@@ -112,6 +102,26 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
     return AutoLayout(fun, Options.from_environment(**given), plan, jit)
 
 
+@dataclass(slots=True)
+class _Call:
+    """A call under way, as the body sees it where the shapes are new. It cannot be handed over: jit calls the body."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    executor: Executor | None = None
+    run: bool = True
+    """Whether the arguments are for the judge, and the function runs."""
+    first: FirstRun | None = None
+    """What has to be told of its run, where that may take the process down."""
+
+    def given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
+        """The leaves at some places of the arguments, arrays or mere shapes; None where it is of another structure, or
+        some are traced (under grad and vmap)."""
+        leaves, found_tree = jax.tree.flatten((self.args, self.kwargs))
+        found = [leaves[i] for i in places] if found_tree == tree else []
+        return None if found_tree != tree or any(isinstance(x, Tracer) for x in found) else found
+
+
 class AutoLayout:
     """A function under `auto_layout`. Called like the function that it wraps."""
 
@@ -120,49 +130,28 @@ class AutoLayout:
         weakref.ref(bare)  # so JAX knows functions; of one that cannot be known so it takes the process down
         theirs = getattr(bare, "__dict__", {}).items()  # first: what is ours wins
         self.__dict__.update({name: value for name, value in theirs if not hasattr(AutoLayout, name)})
-        self._fun: Callable[..., Any] = bare
-        self._source = traced_once(bare, told)
-        take_after(self, self._source)
+        self._tuner = Tuner(bare, told, options, pinned)
+        take_after(self, self._tuner.source)
         self.__wrapped__: Callable[..., Any] = fun
         self.options = options
         self.pinned = pinned
         self.jit = jit
-        self._call = threading.local()  # the arguments of the call under way, for judging
-        self._tuning = threading.Lock()
-        self._picker = Measured(options)
-        self._told = told
+        self._calls = threading.local()
         self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **told)
         self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
-        self._plain: Any = jax.jit(self._fun, **told)
+        self._plain: Any = jax.jit(bare, **told)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
             known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
-        call = self._call  # for the body, which runs only where the shapes are new
-        outer = getattr(call, "arguments", None), getattr(call, "first", None)  # of a call that this one is made in
-        call.arguments, call.first = (args, kwargs), None
-        try:
+        with self._calling(_Call(args, kwargs)) as call:
             out = self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
             if call.first is not None:
                 jax.block_until_ready(out)
                 call.first.returned()
             return out
-        finally:
-            if call.first is not None:
-                call.first.over()
-            call.arguments, call.first = outer
-
-    def _is_part(self) -> bool:
-        """Whether the call is part of something that is being tuned as a whole: then the convolutions are that one's.
-        What this function was told to do without measuring it does there too, but not where candidates are compared."""
-        where = inside()
-        return where == "tuning" or (where == "traced" and self.options.policy == "auto" and self.pinned is None)
-
-    def _whole(self) -> AbstractContextManager[Any]:
-        """In here what the function calls is part of it. JAX keeps what is traced here apart from what is not."""
-        return within("traced") if self.options.policy == "auto" else nullcontext()
 
     def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a call runs. JAX traces anew for other shapes, not for arrays that lie otherwise among devices."""
@@ -186,7 +175,7 @@ class AutoLayout:
         self._placed: dict[Any, Any] = {}  # others, by the placements of the arguments
 
     def _jitted(self) -> Any:
-        told = dict(self._told)
+        told = dict(self._tuner.told)
         if self._options:
             told["compiler_options"] = {**(told.get("compiler_options") or {}), **self._options}
         return jax.jit(self._body("entry", decides=True), **told)
@@ -201,8 +190,8 @@ class AutoLayout:
         return self  # as a function is
 
     def __reduce__(self) -> Any:
-        told = self._told if is_jitted(self.__wrapped__) else None  # jit forgets them where it is pickled
-        return _again, (self._fun, told, self.options, self.pinned, self.jit)
+        tuner, is_jit = self._tuner, is_jitted(self.__wrapped__)  # which forgets what it was told where it is pickled
+        return _again, (tuner.fun, tuner.told if is_jit else None, self.options, self.pinned, self.jit)
 
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
@@ -217,30 +206,29 @@ class AutoLayout:
           TypeError: for arguments that the function does not take, and, when called, for a frozen one given again.
           ValueError: for a donated argument, and where the function was given `in_shardings`.
         """
-        return Frozen(self, args, kwargs)
+        return Frozen(self, self._tuner, args, kwargs)
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        with self._calling(args, kwargs, run=False):
+        with self._calling(_Call(args, kwargs, run=False)):
             return self._decided(lambda jitted: jitted.trace(*args, **kwargs), args, kwargs)
 
     def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        with self._calling(args, kwargs, run=False):
+        with self._calling(_Call(args, kwargs, run=False)):
             return self._decided(lambda jitted: jitted.lower(*args, **kwargs), args, kwargs)
 
     @contextmanager
-    def _calling(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None, *, run: bool = True
-    ) -> Iterator[None]:
-        """Lets the body see what it is called with. `run`: whether that is for the judge."""
-        call = self._call
-        outer = getattr(call, "arguments", None), getattr(call, "executor", None), getattr(call, "run", True)
-        call.arguments, call.executor, call.run = (args, kwargs), executor, run
+    def _calling(self, call: _Call) -> Iterator[_Call]:
+        """Lets the body see what it is called with."""
+        outer = getattr(self._calls, "under_way", None)  # that this one is made in
+        self._calls.under_way = call
         try:
-            yield
+            yield call
         finally:
-            call.arguments, call.executor, call.run = outer
+            if call.first is not None:
+                call.first.over()
+            self._calls.under_way = outer
 
     def _decided(self, run: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `run` gives of the jit for such a call, once the compiler options are settled; of plain `jax.jit` where
@@ -251,18 +239,18 @@ class AutoLayout:
             except _CompileWith as wanted:
                 self._compile_with(wanted.options)
             except NoTurn as late:
-                postponed(self._name, late)
-                with self._whole():  # as it has been traced
+                postponed(self._tuner.name, late)
+                with self._tuner.whole():  # as it has been traced
                     return run(self._plain)
 
     def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
-        with self._whole():
+        with self._tuner.whole():
             return type(self._plain).eval_shape(self._plain, *args, **kwargs)
 
     def clear_cache(self) -> None:
         """As `jax.jit(f).clear_cache`: forget what was compiled. The plans stay in the table."""
-        every = (self._entry, *self._placed.values(), self._traced, self._nested, self._plain, self._source)
+        every = (self._entry, *self._placed.values(), self._traced, self._nested, self._plain, self._tuner.source)
         for jitted in every:
             forget(jitted)
 
@@ -278,33 +266,7 @@ class AutoLayout:
         """What was chosen for these arguments and why: a value that a terminal shows as tables and a notebook as HTML,
         with `to_json` and plots."""
         jaxpr, outcome, arrays, shardings = self._looked_at(args, kwargs)
-        return self._explained(jaxpr, outcome, device_of(arrays or ()), shardings=shardings)
-
-    def _explained(
-        self,
-        jaxpr: Any,
-        outcome: Outcome,
-        device: Any = None,
-        context: Context = "entry",
-        frozen: Sequence[bool] = (),
-        shardings: Sequence[Any] | None = None,
-    ) -> Explanation:
-        """The explanation of what `_tuned` gave, with the settings it had."""
-
-        def work(stop: threading.Event) -> Explanation:
-            told = self._told.get("compiler_options") if context == "entry" else None
-            options = {**(told or {}), **outcome.plan.compiler_options} or None
-            model = cost_model(self.options, default_device(), context, options)
-            divided = of_arguments(jaxpr, shardings or ())
-            return explain(
-                jaxpr, outcome, model, name=self._name, relaxed=self.options.relaxed, frozen=frozen, divided=divided
-            )
-
-        return apart(work, device)
-
-    @property
-    def _name(self) -> str:
-        return getattr(self._fun, "__name__", "function")
+        return self._tuner.explained(jaxpr, outcome, device_of(arrays or ()), shardings=shardings)
 
     def _looked_at(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
@@ -312,8 +274,8 @@ class AutoLayout:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
         that, the arguments where they are real, and their shardings."""
         seen: list[tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]] = []
-        with self._calling(args, kwargs, executor), jax.disable_jit(False):
-            jax.jit(self._body("entry", seen.append), **self._told).trace(*args, **kwargs)
+        with self._calling(_Call(args, kwargs, executor)), jax.disable_jit(False):
+            jax.jit(self._body("entry", seen.append), **self._tuner.told).trace(*args, **kwargs)
         return seen[0]
 
     def _body(
@@ -321,21 +283,23 @@ class AutoLayout:
     ) -> Callable[..., Any]:
         """What is jitted: the user's function traced, tuned, and evaluated under its plan. `decides`: the plan may want
         compiler options, and `_CompileWith` is raised where they are not those of this jit."""
-        fun = self._fun
+        tuner = self._tuner
+        fun = tuner.fun
 
         def body(*args: Any, **kwargs: Any) -> Any:
             if is_plain() or not am_i_under_a_jit():  # to be stepped through, searched for a NaN
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
-            part = seen is None and self._is_part()
-            with nullcontext() if part else self._whole():
-                jaxpr, arrays, out_tree = program_of(self._source, args, kwargs, places)
+            part = seen is None and tuner.is_part()
+            with nullcontext() if part else tuner.whole():
+                jaxpr, arrays, out_tree = program_of(tuner.source, args, kwargs, places)
             if part:
                 return jax.tree.unflatten(out_tree, eval_equations(jaxpr, arrays))
-            given = self._given(tree, places) if context == "entry" else None
-            shardings = None if given is None else placements(given, told_shardings(fun, self._told, args, kwargs))
-            real = given is not None and getattr(self._call, "run", True) and all(map(is_real, given))
+            call: _Call | None = getattr(self._calls, "under_way", None) if context == "entry" else None
+            given = None if call is None else call.given(tree, places)
+            shardings = None if given is None else placements(given, told_shardings(fun, tuner.told, args, kwargs))
+            real = call is not None and given is not None and call.run and all(map(is_real, given))
             concrete = given if real else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
                 # The function closes over values of an outer trace, which is none of the tuning thread's business.
@@ -344,112 +308,25 @@ class AutoLayout:
                 concrete = shardings = None
             choose = (decides or seen is not None) and self._options != {}
             try:
-                outcome = self._tuned(jaxpr, concrete, shardings, context, choose_options=choose)
+                executor = None if call is None else call.executor
+                outcome = tuner.tuned(jaxpr, concrete, shardings, context, choose_options=choose, executor=executor)
             except NoTurn as late:
                 if decides:
                     raise
-                outcome = postponed(self._name, late)
+                outcome = postponed(tuner.name, late)
             if decides and outcome.plan.compiler_options != (self._options or {}):
                 raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
             if decides or seen is not None:
-                outcome, first = self._not_fatal(jaxpr, outcome)
-                if first is not None and seen is None and getattr(self._call, "run", True):
+                outcome, first = tuner.not_fatal(jaxpr, outcome)
+                if first is not None and seen is None and call is not None and call.run:
                     first.begin()
-                    self._call.first = first
+                    call.first = first
             if seen is not None:
                 seen((jaxpr, outcome, concrete, shardings))
-            picker = None if decides else self._picker_for(outcome)  # under a transformation others may be derived
+            picker = None if decides else tuner.picker_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_tree, retrace(jaxpr, outcome.applied, picker)(*arrays))
 
-        return fun if seen is None and self.options.policy == "off" else StandIn(body, self._source)
-
-    def _picker_for(self, outcome: Outcome) -> Measured | None:
-        """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
-        left = self.options.policy != "auto" and outcome.source == "none"
-        return None if left else self._picker
-
-    def _not_fatal(self, jaxpr: Any, outcome: Outcome) -> tuple[Outcome, FirstRun | None]:
-        """An outcome, but for a program with what may crash that took a process down, and what has to be told of its
-        first run, if anything."""
-        told, chosen = self._told.get("compiler_options"), outcome.applied
-        first = FirstRun.of(jaxpr, chosen, lambda: proofs_of(self.options, told, chosen.compiler_options))
-        if first is not None and (died := first.died()):
-            logger.warning("%s stays as it is: %s", self._name, died)
-            return untouched(died, "failure"), None
-        return outcome, first
-
-    def _wait_to_tune(self) -> float:
-        """Take this function's lock, waiting for another thread that has it: the seconds that took. NoTurn after
-        `lock_timeout`."""
-        start, longest = time.monotonic(), min(self.options.lock_timeout, threading.TIMEOUT_MAX)
-        if not self._tuning.acquire(timeout=min(TELL_SECONDS, longest)):
-            logger.warning("another thread is tuning %s: waiting for it", self._name)
-            if not self._tuning.acquire(timeout=max(0.0, longest - TELL_SECONDS)):
-                raise NoTurn(f"another thread was still tuning {self._name} after {self.options.lock_timeout:g} s")
-        return time.monotonic() - start
-
-    def _given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
-        """The leaves at some places of the arguments of the call under way, arrays or mere shapes; None where some are
-        traced (under grad and vmap)."""
-        call = getattr(self._call, "arguments", None)
-        leaves, found_tree = jax.tree.flatten(call)
-        if call is None or found_tree != tree:
-            return None
-        found = [leaves[i] for i in places]
-        return None if any(isinstance(x, Tracer) for x in found) else found
-
-    def _tuned(
-        self,
-        jaxpr: Any,
-        args: Sequence[Any] | None,
-        shardings: Sequence[Any] | None,
-        context: Context,
-        frozen: Sequence[bool] = (),
-        written: Any = None,
-        choose_options: bool = False,
-    ) -> Outcome:
-        """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along.
-        `shardings`: of the arguments; None where these are traced."""
-        executor = getattr(self._call, "executor", None)
-        decided_alike = self.options.policy != "auto" or self.pinned is not None
-        spans = shardings is not None and spans_processes(shardings)
-        if jax.process_count() > 1 and not decided_alike:
-            if shardings is None:
-                return untouched("it is traced where the other processes may not be: decorate the outermost function")
-            if spans and not all_take_part(shardings):
-                return untouched("it spans some of the processes, not all")
-
-        def decided(stop: threading.Event) -> Outcome:
-            with progress_bar(self._name) as progress:
-                return decide(
-                    jaxpr,
-                    None if args is None or spans else _arrays(jaxpr, args, shardings),
-                    self.options,
-                    context=context,
-                    compiler_options=self._told.get("compiler_options") if context == "entry" else None,
-                    choose_options=choose_options,
-                    pinned=self.pinned,
-                    frozen=frozen,
-                    written=written,
-                    shardings=shardings or (),
-                    executor=executor,
-                    progress=progress,
-                    stop=stop,
-                    waited=waited,
-                )
-
-        # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
-        # too: the next call goes on from that.
-        waited = self._wait_to_tune()
-        try:
-            work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
-            try:
-                return apart(work, device_of(args or ()))
-            except KeyboardInterrupt:
-                kept = "what was measured is kept, and the next call goes on from there"
-                raise KeyboardInterrupt(f"tuning {self._name} was interrupted; {kept}") from None
-        finally:
-            self._tuning.release()
+        return fun if seen is None and self.options.policy == "off" else StandIn(body, tuner.source)
 
 
 def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:
@@ -480,16 +357,3 @@ class _CompileWith(Exception):
     def __init__(self, options: Mapping[str, str]):
         super().__init__(options)
         self.options = options
-
-
-def _arrays(jaxpr: Any, args: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:
-    """A closed jaxpr's arguments as jit makes arrays of them."""
-
-    def array(leaf: Any, aval: Any, sharding: Any) -> Any:
-        if not is_array(aval):
-            return leaf  # a reference
-        made = leaf if jnp.issubdtype(aval.dtype, jax.dtypes.extended) else jnp.asarray(leaf, aval.dtype)
-        return made if sharding in (None, made.sharding) else jax.device_put(made, sharding)
-
-    places = shardings or [None] * len(args)
-    return [array(x, v.aval, s) for x, v, s in zip(args, open_jaxpr(jaxpr).invars, places, strict=True)]

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxlayout.api.tuner import Tuner
 from jaxlayout.api.wrapped import NOT_NESTED, forget, jit_settings, program_of
 from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
@@ -40,8 +41,29 @@ from jaxlayout.tuning.first import FirstRun
 from jaxlayout.tuning.outcome import Outcome, postponed
 from jaxlayout.verify.accept import allowance
 
-if TYPE_CHECKING:
-    from jaxlayout.api.decorator import AutoLayout
+
+class Whole(Protocol):
+    """The function of all its arguments, under `auto_layout`: what a frozen one falls back on."""
+
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        """A call."""
+        ...
+
+    def trace(self, /, *args: Any, **kwargs: Any) -> Any:
+        """Traced."""
+        ...
+
+    def outcome(self, /, *args: Any, **kwargs: Any) -> Outcome:
+        """What tuning came to."""
+        ...
+
+    def explain(self, /, *args: Any, **kwargs: Any) -> Explanation:
+        """And why."""
+        ...
+
+    def freeze(self, /, *args: Any, **kwargs: Any) -> Frozen:
+        """Frozen."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +93,12 @@ class Frozen:
     What is frozen is what it is now, in arrays of its own: the caller's may be changed or donated.
     """
 
-    def __init__(self, layout: AutoLayout, args: tuple[Any, ...], kwargs: dict[str, Any]):
-        """TypeError and ValueError as of `AutoLayout.freeze`."""
-        self._layout = layout
-        self._told = jit_settings(layout._entry)
+    def __init__(self, layout: Whole, tuner: Tuner, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        """TypeError and ValueError as of `AutoLayout.freeze`. `tuner`: of the function."""
+        self._layout, self._tuner = layout, tuner
+        self._told = jit_settings(jax.jit(tuner.fun, **tuner.told))  # all there are, as jit understands them
         try:
-            self._signature = inspect.signature(layout._fun)
+            self._signature = inspect.signature(tuner.fun)
         except (TypeError, ValueError):  # of what is not written in Python
             self._signature = None
         self._count, self._keywords = len(args), frozenset(kwargs)
@@ -110,7 +132,7 @@ class Frozen:
         return f"{self._layout!r}.freeze(...)"
 
     def __reduce__(self) -> Any:
-        return Frozen, (self._layout, *jax.tree.unflatten(self._tree, self._leaves))  # prepared anew elsewhere
+        return _again, (self._layout, *jax.tree.unflatten(self._tree, self._leaves))  # prepared anew elsewhere
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`, of the part that each call runs. Arrays or `jax.ShapeDtypeStruct`."""
@@ -147,7 +169,7 @@ class Frozen:
     def clear_cache(self) -> None:
         """Forget what was prepared and compiled. The plans stay in the table."""
         self._prepared.clear()
-        forget(self._layout._source)
+        forget(self._tuner.source)
 
     def _found(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Prepared | None, list[Any]]:
         """What is prepared for such arguments, made if need be, and their leaves; None where nothing can be."""
@@ -156,7 +178,7 @@ class Frozen:
             self._refuse_again(len(args), kwargs)
             self._static[tree] = self._marked("static", args, kwargs, self._count)
         static = self._static[tree]
-        plain = is_plain() or self._layout.options.policy == "off" or inside() == "tuning"
+        plain = is_plain() or self._tuner.options.policy == "off" or inside() == "tuning"
         if self._is_traced or plain:
             return None, []
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
@@ -190,8 +212,8 @@ class Frozen:
         own = tuple(i < self._count for i in range(len(full))), {name: name in self._keywords for name in named}
         held = jax.tree.leaves(jax.tree.broadcast(own, (full, named)))
         frozen = [held[i] for i in places]
-        with self._layout._whole():
-            source, arrays, out_tree = program_of(self._layout._source, full, named, places)
+        with self._tuner.whole():
+            source, arrays, out_tree = program_of(self._tuner.source, full, named, places)
         jaxpr = flattened(lambda *flat: eval_equations(source, flat), arrays)
         if outer := list(consts_of(jaxpr)):
             if any(isinstance(const, Tracer) for const in outer):
@@ -202,28 +224,28 @@ class Frozen:
         shardings = None if traced else placements(arrays, ())
         concrete = arrays if not traced and all(map(is_real, arrays)) else None
         # Folding rounds kernels anew: only where numbers are compared.
-        judged = self._layout.options.policy == "auto" and not spans_processes(shardings or ())
+        judged = self._tuner.options.policy == "auto" and not spans_processes(shardings or ())
         program = fold(jaxpr, frozen, arrays) if judged else jaxpr
         choose = context == "entry" and not whole
         written, final = None if program is jaxpr else jaxpr, True
         try:
-            outcome = self._layout._tuned(program, concrete, shardings, context, frozen, written, choose)
+            outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, written, choose)
             if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
                 program = jaxpr
-                outcome = self._layout._tuned(program, concrete, shardings, context, frozen, None, choose)
+                outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, None, choose)
         except NoTurn as late:
-            outcome, final = postponed(self._layout._name, late), False
+            outcome, final = postponed(self._tuner.name, late), False
         first = None
         if context == "entry" and not whole:
-            outcome, first = self._layout._not_fatal(program, outcome)
+            outcome, first = self._tuner.not_fatal(program, outcome)
 
-        picker = self._layout._picker_for(outcome) if whole else None  # for what is derived from whole ones
+        picker = self._tuner.picker_for(outcome) if whole else None  # for what is derived from whole ones
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
         expanded = flattened(chosen, arrays, expand=not whole)
         split = Split.of(expanded, frozen)
         if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the judge has seen what it needs
             given, kept = split.nbytes
-            if kept - given > allowance(given, self._layout.options.memory_limit):
+            if kept - given > allowance(given, self._tuner.options.memory_limit):
                 split = Split.unprepared(expanded, frozen)
         closed_over = {id(x) for x in outer}
 
@@ -236,7 +258,7 @@ class Frozen:
         def run(kept: Sequence[Any], *rest: Any) -> Any:
             return jax.tree.unflatten(out_tree, split.run(*kept, *rest))
 
-        run.__name__ = run.__qualname__ = getattr(self._layout._fun, "__name__", "function")
+        run.__name__ = run.__qualname__ = self._tuner.name
         wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
         told = {name: self._told[name] for name in wanted if name in self._told}
         if choose and outcome.plan.compiler_options:
@@ -245,7 +267,7 @@ class Frozen:
         moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
         seen = device_of(concrete or ()), context, frozen, shardings
-        explanation = partial(self._layout._explained, program, outcome, *seen)
+        explanation = partial(self._tuner.explained, program, outcome, *seen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
             kept = workers.submit(prepare).result()
         return _Prepared(run=run, kept=kept, outcome=outcome, first=first, explanation=explanation, final=final)
@@ -296,6 +318,11 @@ class Frozen:
         left = len(positional) - self._count
         if inspect.Parameter.VAR_POSITIONAL not in kinds and count > left:
             raise TypeError(f"{count} positional arguments given, {max(0, left)} expected: {self._count} are frozen")
+
+
+def _again(layout: Whole, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frozen:
+    """One that has been pickled."""
+    return layout.freeze(*args, **kwargs)
 
 
 def _copied(x: Any) -> Any:
