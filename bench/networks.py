@@ -34,7 +34,7 @@ from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import count_transposes
 from jaxlayout.graph.solve import solve
 from jaxlayout.measure.jobs import measure
-from jaxlayout.tuning import line
+from jaxlayout.tuning import model
 from jaxlayout.tuning.model import CostModel
 
 Case = Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -101,7 +101,7 @@ CASES: dict[str, Case] = {name: _model(name) for name in MODELS} | {
 
 def cost_model(table: str | None) -> CostModel:
     """What `auto_layout` has measured into a table, without compiler options."""
-    return line.cost_model(Options(table=table), jax.devices()[0], "entry", None)
+    return model.cost_model(Options(table=table), jax.devices()[0], "entry", None)
 
 
 def restricted_plan(jaxpr: Any, table: str | None, keep: Callable[[Candidate, Candidate], bool]) -> Plan:

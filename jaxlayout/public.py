@@ -25,9 +25,9 @@ from jaxlayout.layout import (
 from jaxlayout.report import Explanation
 from jaxlayout.runtime.memory import keep_freed_memory
 from jaxlayout.table.table import CostTable, TableWarning
-from jaxlayout.tuning.line import TableMiss
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome
+from jaxlayout.tuning.pipeline import TableMiss
 
 __all__ = [
     "AutoLayout",

@@ -12,7 +12,7 @@ import pytest
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.runtime import lock
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.verify.accept import Verdict
 
@@ -40,9 +40,9 @@ def own_table(tmp_path, monkeypatch):
     # The lock of those who time on this machine: tests need not wait for them, nor they for tests.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(line, "_tables", {})
-    monkeypatch.setattr(line, "_provisional", {})
-    monkeypatch.setattr(line, "process_budget", Budget())
+    monkeypatch.setattr(stores, "_tables", {})
+    monkeypatch.setattr(stores, "_provisional", {})
+    monkeypatch.setattr(pipeline, "process_budget", Budget())
     monkeypatch.setattr(lock, "_told", set())
 
 
@@ -75,7 +75,7 @@ def costs(monkeypatch):
             ns = {name: (1e3 if name.startswith("xla@") else 1e4) + i for i, name in enumerate(others)}
             yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
 
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1000")
     return asked
@@ -85,7 +85,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(line._Line, "judge", lambda line, plan: kept)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda line, plan: kept)
     return costs
 
 
@@ -99,8 +99,8 @@ def with_options(forced, monkeypatch):
         ratio = 1.5 + bool(plan.compiler_options)
         return Verdict(kept=True, reason="forced", ratio=ratio)
 
-    monkeypatch.setattr(line, "OPTION_SETS", {"cpu": (wanted,)})
-    monkeypatch.setattr(line._Line, "judge", judge)
+    monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (wanted,)})
+    monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     return wanted
 
@@ -108,10 +108,10 @@ def with_options(forced, monkeypatch):
 @pytest.fixture
 def judged(forced, monkeypatch):
     """`forced`, but for the judge, who is the real one again."""
-    monkeypatch.setattr(line._Line, "judge", _judge)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", _judge)
 
 
-_judge = line._Line.judge
+_judge = pipeline.Pipeline.judge
 
 
 def measurement(ns: float) -> Measurement:

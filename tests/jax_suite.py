@@ -21,7 +21,7 @@ from programs import at_random
 from jaxlayout import auto_layout
 from jaxlayout.convs import primitive
 from jaxlayout.convs.lowering import evaluate
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 
 SEED = int(os.environ.get("SEED", "0"))
@@ -44,8 +44,8 @@ def _counted(name: str, *rest: Any) -> Any:
 
 
 def pytest_configure(config: Any) -> None:
-    line.measure = at_random(SEED)
-    line._Line.judge = lambda line, plan: Verdict(kept=True, reason="unseen", cause="untried")
+    pipeline.measure = at_random(SEED)
+    pipeline.Pipeline.judge = lambda line, plan: Verdict(kept=True, reason="unseen", cause="untried")
     primitive.evaluate = _counted
     # `lax.conv`, `conv_transpose` and others look it up where they are defined.
     lax.conv_general_dilated = lax.conv.__globals__["conv_general_dilated"] = decorated

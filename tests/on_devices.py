@@ -17,7 +17,7 @@ from jaxlayout.convs.primitive import tuned_conv
 from jaxlayout.graph import build
 from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 from jaxlayout.verify.accept import collectives, more_collectives
 
 KEYS: set[str] = set()
@@ -135,11 +135,11 @@ def check_placements():
         (auto_layout(net, **small), (HERE[0], jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=ROWS))),
     ):
         KEYS.clear()
-        line._tables.clear()
+        stores._tables.clear()
         assert tuned.outcome(*args).kept
         assert sizes() == {4}, KEYS
     # The same function on one device, and divided: two programs, two plans.
-    line._tables.clear()
+    stores._tables.clear()
     KEYS.clear()
     tuned = auto_layout(net, **small)
     for args in ((PARAMS, X), HERE[:2]):
@@ -280,7 +280,7 @@ def check_the_guard():
     try:
         for hides, cause in ((lambda name: False, "collectives"), (offered, "untried")):
             build.in_turn = hides
-            line._tables.clear()
+            stores._tables.clear()
             verdict = auto_layout(gradient, table=":memory:", **OPTIONS).outcome(*args).verdict
             assert verdict.cause == cause, verdict
             assert verdict.kept == (cause == "untried"), verdict
@@ -293,7 +293,7 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     ROWS, ALL = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
     HERE = jax.device_put(PARAMS, ALL), jax.device_put(X, ROWS), jax.device_put(Y, ROWS)
-    line.measure = measure
+    pipeline.measure = measure
     check_forms()
     check_the_guard()
     check_explicit()

@@ -22,7 +22,7 @@ from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.program import equations
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 
 pytestmark = pytest.mark.usefixtures("costs")
 
@@ -59,8 +59,8 @@ def test_any_lowering_on_divided_arrays_leaves_the_values(way: str, seed: int, d
     program: Program = data.draw(programs(kinks=not smooth, most=4))
     mesh = jax.make_mesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with program.config(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(line, "measure", at_random(seed))
-        patch.setattr(line, "_tables", {})
+        patch.setattr(pipeline, "measure", at_random(seed))
+        patch.setattr(stores, "_tables", {})
         used: set[str] = set()
         patch.setattr("jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.add(name) or evaluate(name, *rest))
         fun, args = real_part(program, program.arguments(seed)) if smooth else (program, program.arguments(seed))

@@ -778,7 +778,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxlayout import auto_layout
 from jaxlayout.api import decorator as api
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 from jaxlayout.table.measurement import Measurement
 
@@ -789,7 +789,7 @@ def measure(jobs, **_):
         yield job, {name: Measurement(status="ok", median_ns=ns.get(name, 1e9 if others else 1.0), spread_ns=0.0,
                     runs=9, error=0.0, temp_bytes=0, program="") for name in (written, *others)}
 
-line.measure = measure
+pipeline.measure = measure
 devices, real = [], api.decide
 api.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
 

@@ -17,7 +17,7 @@ from bench.models import video
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.program import equations
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_scenarios(tmp_path):
 
 
 def test_forms(tmp_path, costs, monkeypatch):
-    monkeypatch.setattr(networks, "measure", line.measure)  # made up, by `costs`
+    monkeypatch.setattr(networks, "measure", pipeline.measure)  # made up, by `costs`
     case = scenarios.scenario(scenarios.five, "NCHW", True, True)
     monkeypatch.setitem(forms.CASES, "some", lambda small: case.written)
     assert forms.main(["some", "--small", *told(tmp_path)]) == 0

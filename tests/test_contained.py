@@ -40,7 +40,7 @@ from jaxlayout.measure.jobs import candidate_id, conv_job, measure
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.remote import Request
 from jaxlayout.table.table import look
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.model import CostModel
 
 CONV = conv((2, 6, 6, 4), (3, 3, 4, 8))
@@ -514,7 +514,7 @@ def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_pa
     script = """
         import planted
         from jaxlayout import Candidate, auto_layout
-        from jaxlayout.tuning import line
+        from jaxlayout.tuning import pipeline
         from jaxlayout.convs.lowering import register_lowering
         from jaxlayout.tuning.model import CostModel
         from conftest import measurement
@@ -525,14 +525,14 @@ def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_pa
                 yield job, {name: measurement(1e9 if "xla" in name else 1.0) for name in job.alternatives}
 
         register_lowering(Unsuspected())
-        line.measure = measure
+        pipeline.measure = measure
         CostModel.candidates = lambda model, conv, written, relaxed: (written, Candidate("aborts", written.dims))
         auto_layout(net)(*arguments())
     """
     dead = run_script(script)
     assert dead.returncode == -signal.SIGABRT, dead.stderr
     assert len(markers(tmp_path)) == 1
-    monkeypatch.setattr(line, "measure", None)  # nobody gets as far
+    monkeypatch.setattr(pipeline, "measure", None)  # nobody gets as far
     with registered(Unsuspected()):
         for source in ("none", "stored"):
             tuned = auto_layout(net)

@@ -32,7 +32,7 @@ from jaxlayout.graph.program import equations
 from jaxlayout.measure.jobs import conv_job, measure
 from jaxlayout.measure.reference import reference
 from jaxlayout.runtime.memory import amid, soiled_memory
-from jaxlayout.tuning import line as stages
+from jaxlayout.tuning import pipeline as stages
 from jaxlayout.tuning.forced import channels_last, force
 from jaxlayout.verify.accept import compare
 from jaxlayout.verify.accuracy import Accuracy

@@ -15,7 +15,7 @@ from jax import lax
 from programs import at_random
 
 from jaxlayout import auto_layout
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -25,7 +25,7 @@ Params = dict[str, Any]
 @pytest.fixture(autouse=True)
 def no_convolution_of_xla(forced, monkeypatch):
     """Wherever there is anything else."""
-    monkeypatch.setattr(line, "measure", at_random(3, dear=("xla@",)))
+    monkeypatch.setattr(pipeline, "measure", at_random(3, dear=("xla@",)))
 
 
 KERNELS = {"NCHW": "OIHW", "NHWC": "HWIO"}

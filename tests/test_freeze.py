@@ -29,7 +29,7 @@ from jaxlayout.graph.program import equations, program_key
 from jaxlayout.graph.solve import solve
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.rewrite.still import still_values
-from jaxlayout.tuning import judge, line
+from jaxlayout.tuning import judge, pipeline
 from jaxlayout.verify.accept import Verdict
 
 pytestmark = pytest.mark.usefixtures("forced")
@@ -406,7 +406,7 @@ def test_the_judge_sees_the_folded_function(judged):
 
 def test_a_slow_verdict_leaves_the_original(monkeypatch):
     refused = Verdict(kept=False, reason="made up", cause="time")
-    monkeypatch.setattr(line._Line, "judge", lambda line, plan: refused)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda line, plan: refused)
     frozen = auto_layout(net).freeze(PARAMS)
     close(frozen(X), net(PARAMS, X))
     there = left(frozen, X)
@@ -465,7 +465,7 @@ def packed(judged, monkeypatch):
             ns = {name: cost.get(name.partition("@")[0], 1e8) for name in others}
             yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
 
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
     ways = {"packed": Packed(), "xla": lowerings()["xla"]}
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: ways)

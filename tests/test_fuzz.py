@@ -24,7 +24,7 @@ from test_transformations import Function, by_cond, by_grad, by_scan, by_vmap
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import evaluate
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -142,8 +142,8 @@ def test_any_lowering_anywhere_leaves_the_values(way: str, setting: Any, seed: i
     smooth = "gradient" in way
     program: Program = data.draw(programs(kinks=not smooth, most=5))
     with program.config(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(line, "measure", at_random(seed))
-        patch.setattr(line, "_tables", {})
+        patch.setattr(pipeline, "measure", at_random(seed))
+        patch.setattr(stores, "_tables", {})
         used: set[str] = set()
         patch.setattr("jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.add(name) or evaluate(name, *rest))
         args = program.arguments(seed)

@@ -50,7 +50,7 @@ from jaxlayout.runtime.progress import Silent
 from jaxlayout.runtime.threads import apart
 from jaxlayout.runtime.timing import Paired
 from jaxlayout.table.table import ENVIRONMENT
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.tuning.options import Options
 from jaxlayout.verify.accept import Comparison, Verdict, accept, compare, draws, liveliest
@@ -188,7 +188,7 @@ BAD: list[tuple[type[Toy], str, str]] = [
 
 @pytest.mark.parametrize(("lowering", "status", "detail"), BAD, ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, status, detail):
-    monkeypatch.setattr(line, "available_memory", lambda device: 1 << 20)
+    monkeypatch.setattr(pipeline, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": lowering(), "xla": lowerings()["xla"]})
     used: list[str] = []
@@ -209,12 +209,12 @@ def test_what_did_not_fit_is_measured_where_there_is_room(monkeypatch):
     """In a container, or while others took the memory: that says nothing of another machine or time."""
     monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": Hungry(), "xla": lowerings()["xla"]})
-    asked, real = [], line.measure
-    monkeypatch.setattr(line, "measure", lambda jobs, **how: asked.extend(jobs) or real(jobs, **how))
+    asked, real = [], pipeline.measure
+    monkeypatch.setattr(pipeline, "measure", lambda jobs, **how: asked.extend(jobs) or real(jobs, **how))
     rooms = [(1 << 20, jnp.tanh, "memory", True), (1 << 20, jnp.sin, "memory", False), (None, jnp.cos, "ok", True)]
     with registered(Hungry()):
         for room, function, status, anew in rooms:
-            monkeypatch.setattr(line, "available_memory", lambda device, room=room: room)
+            monkeypatch.setattr(pipeline, "available_memory", lambda device, room=room: room)
             asked.clear()
             auto_layout(lambda x, k, function=function: function(conv(x, k)), verdict=False)(X, K)
             assert bool(asked) == anew
@@ -234,9 +234,9 @@ def test_a_derived_convolution_keeps_within_the_limit_by_itself(costs, monkeypat
             seen = {way: found.get(way.partition("@")[0], (1.0, 0)) for way in job.alternatives}
             yield job, {way: replace(measurement(ns), temp_bytes=temp) for way, (ns, temp) in seen.items()}
 
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     with registered(toys["hungry"]), registered(toys["modest"]):
-        plan = line.choose(jax.make_jaxpr(conv)(X, K), Options(memory_limit=limit), Silent(), threading.Event())
+        plan = pipeline.choose(jax.make_jaxpr(conv)(X, K), Options(memory_limit=limit), Silent(), threading.Event())
     assert [mode.candidate.lowering for mode in plan.choices.values() if mode.candidate] == [way]
 
 
@@ -378,7 +378,7 @@ class Spy(Toy):
 @pytest.fixture
 def spy(monkeypatch):
     """A lowering that is faster than all others, and knows when it is measured, judged, or run for the user."""
-    real_measure, real_judge = line.measure, line._Line.judge
+    real_measure, real_judge = pipeline.measure, pipeline.Pipeline.judge
 
     @contextmanager
     def being(what: str) -> Iterator[None]:
@@ -400,8 +400,8 @@ def spy(monkeypatch):
         for i, trial in enumerate(trials):  # conversions are raced too, one at a time
             trial.samples = [1e9 if i == 0 and len(trials) > 1 else 1e3] * 9
 
-    monkeypatch.setattr(line, "measure", measure)
-    monkeypatch.setattr(line._Line, "judge", judge)
+    monkeypatch.setattr(pipeline, "measure", measure)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     monkeypatch.setattr("jaxlayout.measure.jobs._race", race)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"spy": Spy()})
     monkeypatch.setattr(Spy, "factors", {})
@@ -443,7 +443,7 @@ def test_a_wrong_candidate_never_runs_for_the_user(spy, monkeypatch, wrong, ran)
     check(f, X, K)
     check(auto_layout(block), X, K)
     check(auto_layout(jax.jit(block)), X, K)
-    monkeypatch.setattr(line, "_tables", {})  # as another process finds the table
+    monkeypatch.setattr(stores, "_tables", {})  # as another process finds the table
     again = auto_layout(block)
     check(again, X, K)
     assert again.outcome(X, K).source == "stored" and again.outcome(X, K).kept is (wrong == NOWHERE)
@@ -551,8 +551,8 @@ def test_ruled_out_with_all_that_need_as_much(costs, monkeypatch):
         verdict = Verdict(kept=True, cause="untried", reason="enough")
         return verdict if "modest" in tried[-1] else replace(verdict, kept=False, cause="memory", tuned_temp=100)
 
-    monkeypatch.setattr(line, "measure", measure)
-    monkeypatch.setattr(line._Line, "judge", judge)
+    monkeypatch.setattr(pipeline, "measure", measure)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     with registered(toys["hungry"]), registered(toys["twin"]), registered(toys["modest"]):
         assert auto_layout(lambda x, k: conv(x, k)).outcome(X, K).kept
     assert tried == [{"hungry"}, {"modest"}]
@@ -576,7 +576,7 @@ def test_what_is_ruled_out_in_vain_is_allowed_again(costs, monkeypatch):
             return Verdict(kept=False, cause="memory", reason="too much", tuned_temp=100)
         return Verdict(kept=True, cause="untried", reason="enough")
 
-    monkeypatch.setattr(line._Line, "judge", judge)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     with registered(Turncoat()):
         outcome = auto_layout(lambda x, k1, k2: conv(conv(x, k1), k2)).outcome(normal(4, 2, 4, 9, 9), large, small)
     assert outcome.kept and tried == [{8, 2}, {2}, {8}]
@@ -593,10 +593,10 @@ def test_other_processes_may_measure_while_this_one_waits(monkeypatch, costs):
         table().import_json(exported)
         return measured(jobs, **more)
 
-    measured = line.measure
+    measured = pipeline.measure
     exported = Path(path).with_name("exported.json")
     table().export_json(exported)
-    monkeypatch.setattr(line, "measure", waiting)
+    monkeypatch.setattr(pipeline, "measure", waiting)
     f = auto_layout(conv, table=Path(path).with_name("another.sqlite"))
     monkeypatch.setenv("JAXLAYOUT_TABLE", str(Path(path).with_name("another.sqlite")))
     np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
@@ -823,7 +823,7 @@ def test_whatever_goes_wrong_in_tuning_leaves_the_program_as_it_is(monkeypatch, 
     def broken(*_):
         raise ZeroDivisionError("the solver is tired")
 
-    monkeypatch.setattr(line, "solve", broken)
+    monkeypatch.setattr(pipeline, "solve", broken)
     f = auto_layout(conv, time_budget=0.0)
     np.testing.assert_allclose(f(X, K), conv(X, K))
     assert "the solver is tired" in f.outcome(X, K).verdict.reason
@@ -857,7 +857,7 @@ def test_on_miss_error_is_content_with_what_is_known(costs):
 
 @pytest.mark.parametrize("options", [{"on_miss": "heuristic"}, {"time_budget": 0.0}])
 def test_heuristics_measure_nothing(monkeypatch, options):
-    monkeypatch.setattr(line, "measure", no_measuring)
+    monkeypatch.setattr(pipeline, "measure", no_measuring)
 
     def depthwise(x, k):
         return lax.conv_general_dilated(
@@ -871,12 +871,12 @@ def test_heuristics_measure_nothing(monkeypatch, options):
     assert outcome.source == "heuristic"
     assert outcome.kept and not outcome.plan.trivial  # the policy knows depthwise convolutions to be slow in XLA
     assert table().counts() == {"measurements": 0, "plans": 0, "unsaved": 0}  # beliefs are not kept
-    monkeypatch.setattr(line._Line, "run", None)
+    monkeypatch.setattr(pipeline.Pipeline, "run", None)
     assert f.outcome(x, k) == outcome  # but by this process, which would come to the same again
 
 
 def test_a_budget_is_for_the_process(costs, monkeypatch):
-    monkeypatch.setattr(line.process_budget, "spent", lambda: 100.0)
+    monkeypatch.setattr(pipeline.process_budget, "spent", lambda: 100.0)
     assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
     assert costs == []
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
@@ -884,7 +884,7 @@ def test_a_budget_is_for_the_process(costs, monkeypatch):
 
 def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
     now = [0.0]
-    budget, real = Budget(lambda: now[0]), line.measure
+    budget, real = Budget(lambda: now[0]), pipeline.measure
 
     def measure(jobs, *, turns, **how):
         with turns.waiting():
@@ -893,15 +893,15 @@ def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
             now[0] += 1.0
             yield one
 
-    monkeypatch.setattr(line, "process_budget", budget)
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "process_budget", budget)
+    monkeypatch.setattr(pipeline, "measure", measure)
     assert auto_layout(conv, time_budget=300.0).outcome(X, K).source == "measured"
     assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(costs)
 
 
 def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
-    monkeypatch.setattr(line, "OPTION_SETS", {})
+    monkeypatch.setattr(pipeline, "OPTION_SETS", {})
 
     def verdict(bias: int, tuned_ns: float) -> Verdict:
         monkeypatch.setattr("jaxlayout.verify.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))
@@ -1002,11 +1002,11 @@ def test_a_plan_is_saved_loaded_and_pinned(forced, monkeypatch, tmp_path):
     f.plan(X, K).save(tmp_path / "plan.json")
     plan = Plan.load(tmp_path / "plan.json")
     assert plan == f.plan(X, K) and not plan.trivial
-    monkeypatch.setattr(line, "measure", no_measuring)
-    monkeypatch.setattr(line._Line, "judge", no_measuring)
+    monkeypatch.setattr(pipeline, "measure", no_measuring)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", no_measuring)
     pinned = auto_layout(conv, plan=plan)
     with monkeypatch.context() as no_table:
-        no_table.setattr(line, "open_table", no_measuring)
+        no_table.setattr(pipeline, "open_table", no_measuring)
         assert str(pinned.trace(X, K).jaxpr) == str(f.trace(X, K).jaxpr)
         np.testing.assert_array_equal(pinned(X, K), f(X, K))
         assert pinned.outcome(X, K).source == "pinned" and pinned.outcome(X, K).kept
@@ -1158,13 +1158,13 @@ import logging, sys
 import jax, numpy as np
 from jax import lax
 import jaxlayout
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.convs import candidates, lowering
 candidates.lowerings = lambda: {"xla": lowering.lowerings()["xla"]}  # enough
 calls = []
-real_measure, real_judge = line.measure, line._Line.judge
-line.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
-line._Line.judge = lambda self, *plan: calls.append("judge") or real_judge(self, *plan)
+real_measure, real_judge = pipeline.measure, pipeline.Pipeline.judge
+pipeline.measure = lambda jobs, **k: calls.extend(j.key for j in jobs) or real_measure(jobs, **k)
+pipeline.Pipeline.judge = lambda self, *plan: calls.append("judge") or real_judge(self, *plan)
 
 @jaxlayout.auto_layout
 def f(x, k, scale):
@@ -1230,7 +1230,7 @@ def test_a_table_that_can_only_be_read(costs, monkeypatch):
     asked = len(costs)
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda name, *a, **k: connect(name.replace("=rwc", "=ro"), *a, **k))
-    monkeypatch.setattr(line, "_tables", {})
+    monkeypatch.setattr(stores, "_tables", {})
     again = auto_layout(conv)
     np.testing.assert_array_equal(again(X, K), f(X, K))  # as it was deployed: without a warning
     assert again.outcome(X, K).source == "stored" and len(costs) == asked
@@ -1283,7 +1283,7 @@ def test_different_options_have_different_plans(costs):
 def test_a_release_plans_anew_from_what_was_measured(costs, monkeypatch):
     auto_layout(conv)(X, K)
     asked = len(costs)
-    monkeypatch.setattr(line, "__version__", "99.0")
+    monkeypatch.setattr(pipeline, "__version__", "99.0")
     assert auto_layout(conv).outcome(X, K).source == "measured"
     assert auto_layout(conv).outcome(X, K).source == "stored"
     assert len(costs) == asked
@@ -1312,7 +1312,7 @@ def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
 
     jobs: list[str] = []
     interrupted = threading.Event()
-    real = line.measure
+    real = pipeline.measure
 
     def measure(these, **keywords):
         for job, found in real(these, **keywords):
@@ -1323,7 +1323,7 @@ def test_an_interrupted_tuning_goes_on_from_there(monkeypatch):
                 time.sleep(0.5)
             yield job, found
 
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"xla": lowerings()["xla"]})
     f = auto_layout(two, verdict=False)
     with pytest.raises(KeyboardInterrupt, match="tuning two was interrupted; what was measured is kept"):

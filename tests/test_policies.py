@@ -127,8 +127,8 @@ def unmeasured(monkeypatch):
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("touched")
 
-    for name in ("line.measure", "line.open_table", "line.Turns", "judge.accept"):
-        monkeypatch.setattr(f"jaxlayout.{name}", refuse)
+    for name in ("pipeline.measure", "pipeline.open_table", "model.open_table", "pipeline.Turns", "judge.accept"):
+        monkeypatch.setattr(f"jaxlayout.tuning.{name}", refuse)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()
 

@@ -141,7 +141,7 @@ def test_a_process_pool_measures_for_tune(monkeypatch):
     x, kernels = arguments()
     tuned = auto_layout(network)
     context = multiprocessing.get_context("spawn")  # JAX has threads: a fork of them may hang
-    monkeypatch.setattr("jaxlayout.tuning.line.measure", only_nothing)
+    monkeypatch.setattr("jaxlayout.tuning.pipeline.measure", only_nothing)
     with ProcessPoolExecutor(2, context) as pool:
         outcome = jaxlayout.tune(tuned, x, kernels, executor=pool)
     assert outcome.source == "measured"

@@ -21,7 +21,7 @@ from rich.console import Console
 from jaxlayout import Explanation, auto_layout
 from jaxlayout.report import Step
 from jaxlayout.report.plots import lanes
-from jaxlayout.tuning import line as stages
+from jaxlayout.tuning import pipeline as stages
 from jaxlayout.verify.accept import Verdict
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 8, 8)), jnp.float32)
@@ -60,7 +60,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(stages._Line, "judge", lambda line, plan: verdict)
+    monkeypatch.setattr(stages.Pipeline, "judge", lambda line, plan: verdict)
 
 
 def shown(told, width):

@@ -28,7 +28,7 @@ from jaxlayout.runtime._compat import surroundings, unspecified_sharding
 from jaxlayout.runtime.progress import Silent
 from jaxlayout.runtime.settings import thread_local, under
 from jaxlayout.runtime.threads import Workers
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.task import Task
 
@@ -330,7 +330,7 @@ def ours(costs, monkeypatch):
             ns = {name: (1e6 if name.startswith("xla@") else 1e3) + i for i, name in enumerate(others)}
             yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
 
-    monkeypatch.setattr(line, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
 
 
 def normal(seed: int, *sizes: int) -> jax.Array:
@@ -447,7 +447,7 @@ def test_plans_are_kept_apart(name, monkeypatch):
 
     def place() -> Any:
         asked = Task(program, None, Options(), "entry", None, False, (), program, (), None, Silent(), threading.Event())
-        return line._Line(asked).place
+        return pipeline.Pipeline(asked).plans.place
 
     before = place()
     with_values(monkeypatch, **{name: other(jax.config.values[name])})

@@ -39,7 +39,7 @@ from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import checksum
 from jaxlayout.table.table import ENVIRONMENT, look
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline, stores
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,7 +61,7 @@ from jax import lax
 import jaxlayout
 from jaxlayout import CostTable
 from jaxlayout.verify import accept
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify import race
 from jaxlayout.convs import candidates, lowering
 from jaxlayout.measure import jobs as measure
@@ -72,7 +72,7 @@ found = lowering.lowerings()
 candidates.lowerings = lambda: {"xla": found["xla"], "tap_dots": found["tap_dots"]}  # enough, and quick
 measure.CANDIDATE_SECONDS = 0.01
 race.MAX_PAIRS = 7
-line.OPTION_SETS = {}
+pipeline.OPTION_SETS = {}
 Peaks.look = lambda peaks: None
 
 
@@ -404,9 +404,9 @@ TROUBLES: list[tuple[Any, str | None, bool | None, bool]] = [
 def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, trouble, words, known, kept):
     assert auto_layout(network)(X, K).shape == (2, 4) and costs
     rows = {table: set(those) for table, those in look(table_path())[0].items()}
-    for table in line._tables.values():
+    for table in stores._tables.values():
         table.close()
-    monkeypatch.setattr(line, "_tables", {table_path().as_posix(): CostTable(table_path(), timeout=0.2)})
+    monkeypatch.setattr(stores, "_tables", {table_path().as_posix(): CostTable(table_path(), timeout=0.2)})
     with trouble(table_path()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         costs.clear()
@@ -417,9 +417,9 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
         np.testing.assert_allclose(new(X, K), other(X, K), rtol=1e-5, atol=1e-5)
         assert new.outcome(X, K).kept and new.outcome(X, K).source == "stored"  # at least this process remembers
         if kept:
-            monkeypatch.setattr(line, "_tables", {})
+            monkeypatch.setattr(stores, "_tables", {})
             assert auto_layout(other).outcome(X, K).source == "stored"
-        for table in line._tables.values():
+        for table in stores._tables.values():
             table.close()
     assert [warning.category for warning in caught] == [TableWarning] * (words is not None)
     assert words is None or words in str(caught[0].message)
@@ -435,7 +435,7 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
 def test_whichever_byte_is_flipped_the_call_is_right(costs, monkeypatch):
     auto_layout(network)(X, K)
     expected, draw = network(X, K), random.Random(5)
-    for table in line._tables.values():
+    for table in stores._tables.values():
         table.close()
     data = table_path().read_bytes()
     for trial in range(10):
@@ -524,7 +524,7 @@ class Wrong(Slow):
 def test_times_that_are_a_lie(monkeypatch, lowering, cause):
     """Records as they should be, but that one candidate is a thousand times faster than it is, and right."""
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"slow": lowering(), "xla": lowerings()["xla"]})
-    monkeypatch.setattr(line, "OPTION_SETS", {})
+    monkeypatch.setattr(pipeline, "OPTION_SETS", {})
     with registered(lowering()):
         honest = auto_layout(network, on_miss="measure").outcome(X, K)
         assert not any(mode.candidate and mode.candidate.lowering == "slow" for mode in honest.plan.choices.values())
@@ -536,7 +536,7 @@ def test_times_that_are_a_lie(monkeypatch, lowering, cause):
             lie = replace(told, status="ok", median_ns=ns, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0)
             table.record(env, signature, candidate, lie)
         table.close()
-        monkeypatch.setattr(line, "_tables", {})
+        monkeypatch.setattr(stores, "_tables", {})
         tuned = auto_layout(lambda x, k: 2 * network(x, k), on_miss="error" if cause == "numbers" else "measure")
         np.testing.assert_allclose(tuned(X, K), 2 * network(X, K), rtol=1e-5, atol=1e-5)
         outcome = tuned.outcome(X, K)
@@ -613,7 +613,7 @@ def test_a_stored_plan_that_does_not_fit_is_refused_with_a_reason(costs, monkeyp
     assert honest.kept and tuned.outcome(X, K).source == "stored"
     env, function, skeleton, sizes, payload = stored()
     assert Outcome.from_json(payload) == honest
-    table, expected = line.open_table(str(table_path())), network(X, K)
+    table, expected = stores.open_table(str(table_path())), network(X, K)
     for place, lie, reason in LIES:
         caplog.clear()
         table.store_plan(env, function, skeleton, sizes, json.dumps(changed(payload, place, lie)))
@@ -638,7 +638,7 @@ def test_a_stored_plan_of_relaxed_numerics_is_for_relaxed_numerics(forced, caplo
         return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     x, k = normal(2, 1, 8, 8, 8), normal(3, 3, 3, 8, 8)
-    table = line.open_table(str(table_path()))
+    table = stores.open_table(str(table_path()))
     for numerics, found in (("strict", "measured"), ("relaxed", "stored")):
         tuned = auto_layout(f, numerics=numerics)
         tuned(x, k)
@@ -655,7 +655,7 @@ def test_hostile_plans_at_random_are_refused_or_harmless(costs):
     """A value in any place of a stored outcome is replaced by something else; what is believed can be explained."""
     auto_layout(network)(X, K)
     env, function, skeleton, sizes, payload = stored()
-    table, expected, draw = line.open_table(str(table_path())), network(X, K), random.Random(11)
+    table, expected, draw = stores.open_table(str(table_path())), network(X, K), random.Random(11)
     nothing: list[Any] = [None, True, -1, 0, 1.5, 1e308, 5e-324, 10**30, "", "NCHW", "x" * 200, [], [[]], {}, [3, 1]]
 
     def places(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -689,7 +689,7 @@ def test_a_table_whose_sizes_are_a_lie(costs):
         for number, text in enumerate(lies):
             row = (env, f"f{number}", skeleton, text, "[" * 5000 if text == sizes else json.dumps(payload))
             raw.execute("INSERT INTO plans VALUES(?, ?, ?, ?, ?, ?)", (*row, checksum("plans", row)))
-    for table in line._tables.values():
+    for table in stores._tables.values():
         table.close()
     tuned = auto_layout(network)
     np.testing.assert_allclose(tuned(X[:1], K), network(X[:1], K), rtol=1e-5, atol=1e-5)

@@ -379,18 +379,18 @@ import os, sys, logging
 import jax.numpy as jnp
 from jax import lax
 from jaxlayout import auto_layout
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 def network(x, *kernels):
     for k in kernels:
         dims = ("NHWC", "HWIO", "NHWC")
         x = lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=8)
     return x
-real, keys = line.measure, []
+real, keys = pipeline.measure, []
 def measure(jobs, **more):
     for job, found in real(jobs, **more):
         keys.extend([job.key] if found else [])
         yield job, found
-line.measure = measure
+pipeline.measure = measure
 print(os.getpid(), flush=True)
 sys.stdin.readline()
 kernels = [jnp.ones((n, n, 1, 8)) for n in (1, 2, 3, 4, 5)]

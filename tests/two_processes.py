@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlayout import auto_layout, tune
 from jaxlayout.api.decorator import processes
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.tuning import line
+from jaxlayout.tuning import pipeline
 from tests.on_devices import PARAMS, X, Y, close, net, step
 
 ME = -1
@@ -67,7 +67,7 @@ def interrupted(jobs, **keywords):
 
 def measuring(first, second):
     """What each process has for its measuring from now on."""
-    line.measure = (first, second)[ME]
+    pipeline.measure = (first, second)[ME]
 
 
 def fresh(name):
@@ -156,7 +156,7 @@ def main():
 
     # Or is raised in both.
     tuned = auto_layout(net, table=fresh("missing"), on_miss="error")
-    assert "lacks" in raised(line.TableMiss, lambda: tuned(*args[:2]))
+    assert "lacks" in raised(pipeline.TableMiss, lambda: tuned(*args[:2]))
 
     # An interrupt in the first ends it in both, and the next call goes on.
     measuring(interrupted, failing)

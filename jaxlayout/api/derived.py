@@ -19,8 +19,8 @@ from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.nesting import inside
 from jaxlayout.runtime.progress import progress_bar
 from jaxlayout.runtime.threads import apart
-from jaxlayout.tuning.line import TableMiss, choose
 from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.pipeline import TableMiss, choose
 
 logger = logging.getLogger("jaxlayout")
 

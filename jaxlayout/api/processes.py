@@ -14,8 +14,8 @@ import numpy as np
 
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.threads import Workers
-from jaxlayout.tuning.line import TableMiss
 from jaxlayout.tuning.outcome import Outcome
+from jaxlayout.tuning.pipeline import TableMiss
 
 _KINDS = {"miss": TableMiss, "turn": NoTurn}
 """What is raised in all processes as what it is."""

@@ -27,9 +27,11 @@ from jaxlayout.runtime.nesting import inside, within
 from jaxlayout.runtime.progress import progress_bar
 from jaxlayout.runtime.threads import apart, default_device, device_of
 from jaxlayout.tuning.first import FirstRun
-from jaxlayout.tuning.line import cost_model, decide, proofs_of
+from jaxlayout.tuning.model import cost_model
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched
+from jaxlayout.tuning.pipeline import decide
+from jaxlayout.tuning.stores import proofs_of
 
 logger = logging.getLogger("jaxlayout")
 

@@ -3,8 +3,9 @@ policy where not; and what is missing, as jobs."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,9 +19,11 @@ from jaxlayout.graph.build import LayoutGraph, Mode, Node, Work
 from jaxlayout.graph.plan import Plan
 from jaxlayout.layout import LayoutPolicy, Order, conversion
 from jaxlayout.layout.order import permuted
+from jaxlayout.measure.environment import current_environment
 from jaxlayout.measure.jobs import (
     CompilerOptions,
     Job,
+    available_memory,
     candidate_id,
     coalesced,
     conv_job,
@@ -30,10 +33,12 @@ from jaxlayout.measure.jobs import (
 from jaxlayout.measure.peaks import KEY, Peaks
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.table import CostTable
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.stores import open_table
 from jaxlayout.tuning.work import mode_id, work_job
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class CostModel:
     """Costs in nanoseconds, in one environment and context."""
 
@@ -41,7 +46,7 @@ class CostModel:
     environment: str
     policy: LayoutPolicy
     context: Context = "entry"
-    forbidden: set[tuple[str, str]] = field(default_factory=set)
+    forbidden: frozenset[tuple[str, str]] = frozenset()
     """Lowerings (signature key, name) ruled out for this program, because of their memory say."""
     byte_ns: float = 0.0
     """Charged for each byte of temporary memory and of converted copies: they take room, and a copy is in the way of
@@ -49,7 +54,7 @@ class CostModel:
     room: int | None = 0
     """Bytes that a candidate may take here; None: any. One that did not fit elsewhere, or before, is not known where it
     would fit."""
-    most: dict[str, float] = field(default_factory=dict)
+    most: Mapping[str, float] = field(default_factory=dict)
     """Bytes of temporary memory that a convolution may take, by signature key, where not just any."""
     _known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
 
@@ -183,6 +188,21 @@ class CostModel:
                 job = transpose_job(sizes, dtype, permutation, self.context)
                 jobs[job.key] = job
         return list(jobs.values())
+
+
+def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
+    """The costs on a device under these options."""
+    environment = current_environment(device, compiled_with(compiler_options)).fingerprint
+    if options.relaxed:
+        environment += "-relaxed"
+    # A policy that measures nothing leaves the file alone.
+    table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
+    return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
+
+
+def compiled_with(compiler_options: CompilerOptions) -> dict[str, str]:
+    """What compiler options add to an environment."""
+    return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
 
 
 def _numpy_dtype(name: str) -> np.dtype | None:

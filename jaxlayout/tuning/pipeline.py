@@ -1,9 +1,8 @@
-"""The line of stages, run once for one program: graph, measure, solve, retrace, accept."""
+"""The stages, run once for one program: graph, measure, solve, retrace, accept."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import threading
 import time
@@ -16,11 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxlayout import __version__
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import lowerings, may_crash, prepared_growth
+from jaxlayout.convs.lowering import lowerings, may_crash
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
@@ -31,7 +29,7 @@ from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.shards import of_arguments
 from jaxlayout.graph.solve import solve
 from jaxlayout.layout import LayoutPolicy
-from jaxlayout.measure.contained import Proofs, never
+from jaxlayout.measure.contained import Proofs
 from jaxlayout.measure.environment import LOWERED, Environment, current_environment, options_set
 from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure
 from jaxlayout.measure.marker import Marker
@@ -43,22 +41,19 @@ from jaxlayout.runtime._compat import open_jaxpr
 from jaxlayout.runtime.progress import Progress, Silent
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.table.table import CostTable
 from jaxlayout.tuning.budget import process_budget
 from jaxlayout.tuning.forced import force
 from jaxlayout.tuning.judge import Judge
-from jaxlayout.tuning.model import CostModel
+from jaxlayout.tuning.memory_search import within_memory
+from jaxlayout.tuning.model import CostModel, compiled_with, cost_model
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched
 from jaxlayout.tuning.proofs import check_runs
+from jaxlayout.tuning.stores import PlanStore, open_table, proofs_of
 from jaxlayout.tuning.task import Task
 from jaxlayout.verify.accept import Verdict, allowance
 
 logger = logging.getLogger("jaxlayout")
-
-MEMORY_PRICES = *[0.5] * 4, *[4.0] * 2, *[32.0] * 2
-"""What a byte of temporary memory costs, in passes over it, from try to try, as long as the plan needs too much. Each
-time one lowering more is ruled out too."""
 
 OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
@@ -70,17 +65,6 @@ FORGET = "`jaxlayout table prune --plans` forgets that, with all other plans, an
 
 class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
-
-
-_tables: dict[str | None, CostTable] = {}
-_provisional: dict[tuple[Any, ...], Outcome] = {}
-"""What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
-for the table."""
-
-
-def open_table(path: str | None) -> CostTable:
-    """The process's one table for a path."""
-    return _tables.setdefault(path, CostTable(path))
 
 
 def decide(
@@ -131,25 +115,25 @@ def decide(
         told, original = (compiler_options, choose_options), jaxpr if written is None else written
         if args is not None:
             shardings = [getattr(x, "sharding", None) for x in args]
-        line = _Line(
+        pipeline = Pipeline(
             Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop, waited)
         )
-        if (stored := line.stored()) is not None:
+        if (stored := pipeline.stored()) is not None:
             return stored
-        if died := line.marker.left():
+        if died := pipeline.marker.left():
             outcome = untouched(f"{died}: it is not tried again", "failure")
             logger.warning("a program stays as it is: %s; if it was ended from outside, %s", died, FORGET)
-            line.store(outcome)
-            line.marker.clear()
+            pipeline.plans.store(outcome)
+            pipeline.marker.clear()
             return outcome
-        outcome = line.run()
+        outcome = pipeline.run()
         if outcome.source == "stored":
             return outcome
-        for extra in line.option_sets if line.may_choose(outcome) else ():
-            outcome = line.under(extra, outcome)
-        outcome = replace(outcome, seconds=time.monotonic() - start, folded=line.task.folded)
+        for extra in pipeline.option_sets if pipeline.may_choose(outcome) else ():
+            outcome = pipeline.under(extra, outcome)
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=pipeline.task.folded)
         if not stop.is_set():
-            line.store(outcome)
+            pipeline.plans.store(outcome)
         return outcome
     except (TableMiss, NoTurn, Warning):  # a warning is an exception where the user made it one
         raise
@@ -164,49 +148,26 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     asked to, and NoTurn."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
-    line = _Line(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
-    graph = line.graph({})
-    jobs = line.model.missing_convolutions(graph)
-    if line.measure("convolutions", jobs) < len(jobs):
+    pipeline = Pipeline(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
+    graph = pipeline.graph({})
+    jobs = pipeline.model.missing_convolutions(graph)
+    if pipeline.measure("convolutions", jobs) < len(jobs):
         return Plan()
+    most: dict[str, float] = {}
     for node in graph.sites:  # nobody judges the whole: what it takes by itself stays within the limit
         if node.conv is not None and node.modes[0].candidate is not None:
-            known = line.model.measurement(node.conv, node.modes[0].candidate)
+            known = pipeline.model.measurement(node.conv, node.modes[0].candidate)
             written = (known and known.temp_bytes) or 0
             more = allowance(node.conv.nbytes + written, options.memory_limit)
-            line.model.most[node.conv.key] = written + more
-    return line.solve(graph)[0]
+            most[node.conv.key] = written + more
+    return pipeline.solve(graph, replace(pipeline.model, most=most))[0]
 
 
-def cost_model(options: Options, device: Any, context: Context, compiler_options: CompilerOptions) -> CostModel:
-    """The costs on a device under these options."""
-    environment = current_environment(device, _compiled(compiler_options)).fingerprint
-    if options.relaxed:
-        environment += "-relaxed"
-    # A policy that measures nothing leaves the file alone.
-    table = open_table(options.table) if options.policy == "auto" else CostTable(":memory:")
-    return CostModel(table, environment, LayoutPolicy.for_device(device), context, room=available_memory(device))
-
-
-def proofs_of(
-    options: Options, told: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
-) -> Proofs:
-    """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
-    compiler_options = {**(told or {}), **extra} or None
-    path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
-    table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
-    return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)
-
-
-def _compiled(compiler_options: CompilerOptions) -> dict[str, str]:
-    return {"compiler_options": json.dumps(compiler_options or "", sort_keys=True)}
-
-
-class _Line:
+class Pipeline:
     """One run of the stages; what several of them need."""
 
-    def __init__(self, task: Task, extra: Mapping[str, str] = MappingProxyType({}), without: _Line | None = None):
-        """`extra`: compiler options on trial; `without`: the line without them."""
+    def __init__(self, task: Task, extra: Mapping[str, str] = MappingProxyType({}), without: Pipeline | None = None):
+        """`extra`: compiler options on trial; `without`: the pipeline without them."""
         self.task, self.extra, self.without = task, extra, without
         self.jaxpr, self.options = task.jaxpr, task.options
         self.context: Context = task.context
@@ -221,13 +182,14 @@ class _Line:
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         # Measurements outlive a release. What is planned from them, and judged, each release does anew.
         rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
-        compiled = _compiled(self.compiler_options)
+        compiled = compiled_with(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
         choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
         lowered = options_set(LOWERED)
-        self.plans = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
+        environment = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
+        self.plans = PlanStore(self.table, environment, self.key, self.options, self.check)
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
-        self.marker = Marker.of(self.table.asked, self.plans, self.key.function)
+        self.marker = Marker.of(self.table.asked, environment, self.key.function)
         if without is None:
             self.spender = process_budget.spender()
             timeout, waiting = self.options.lock_timeout, self.spender.waiting
@@ -239,23 +201,14 @@ class _Line:
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
-        text = self.table.load_plan(self.plans, self.key.function)
-        if text is None or (found := self.parsed(text, fit=True)) is None:
-            return _provisional.get(self.place)
-        return replace(found, source="stored", folded=self.task.folded)
+        found = self.plans.load()
+        return found and replace(found, folded=self.task.folded)
 
-    def parsed(self, text: str, *, fit: bool = False) -> Outcome | None:
-        """What a stored text says, if it makes sense. `fit`: for this very program."""
-        try:
-            outcome = Outcome.from_json(json.loads(text))
-            if fit:
-                check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
-                _check_options(outcome.plan, self.option_sets)
-                check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
-            return outcome
-        except (ValueError, RecursionError) as error:
-            logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
-            return None
+    def check(self, outcome: Outcome) -> None:
+        """Raise ValueError where an outcome is not of this very program, or cannot be had here."""
+        check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
+        _check_options(outcome.plan, self.option_sets)
+        check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
 
     @property
     def option_sets(self) -> Sequence[Mapping[str, str]]:
@@ -268,37 +221,8 @@ class _Line:
 
     @cached_property
     def proofs(self) -> Proofs:
-        """Of what this line plans."""
+        """Of what is planned here."""
         return self.proofs_under(self.extra)
-
-    @property
-    def place(self) -> tuple[Any, ...]:
-        return self.table.path, self.plans, self.key.function, self.options
-
-    def store(self, outcome: Outcome) -> None:
-        if outcome.source == "heuristic":
-            _provisional[self.place] = outcome
-            return
-        sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
-        self.table.store_plan(self.plans, self.key.function, self.key.skeleton, sizes, payload)
-
-    def nearest(self) -> dict[Path, Candidate]:
-        """What the plan of the same program at the nearest sizes chose."""
-
-        def distance(sizes: Sequence[int]) -> float:
-            ratios = np.log(np.maximum(sizes, 1)) - np.log(np.maximum(self.key.sizes, 1))
-            return float(np.abs(ratios).sum())
-
-        found = [
-            (distance(json.loads(sizes)), outcome)
-            for function, sizes, payload in self.table.plans_like(self.plans, self.key.skeleton)
-            if function != self.key.function  # else it has been refused: no hint either
-            if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self.parsed(payload)) is not None
-        ]
-        if not found:
-            return {}
-        choices = min(found, key=lambda pair: pair[0])[1].plan.choices
-        return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
 
     def graph(self, near: dict[Path, Candidate]) -> LayoutGraph:
         """The graph; of the candidates, what is worth timing beside those written."""
@@ -325,7 +249,7 @@ class _Line:
         return not wanted or way in wanted
 
     def run(self) -> Outcome:
-        near = self.nearest()
+        near = self.plans.nearest()
         graph = self.graph(near)
         missing = self.model.missing_convolutions(graph)
         timed = self.measure("convolutions", missing)
@@ -333,36 +257,28 @@ class _Line:
         timed += self.measure("other equations", self.model.missing_works(graph))
         if timed and (stored := self.stored()) is not None:
             return stored  # another process was ahead with the same
-        outcome, refused, least = untouched("tuning was interrupted"), "", np.inf
-        suspects, innocent = set[tuple[str, str]](), set[tuple[str, str]]()
-        for price in MEMORY_PRICES:
-            self.model.byte_ns = price / self.model.policy.bytes_per_ns
-            plan, more = self.solve(graph)
+
+        def planned(costs: CostModel) -> Outcome | None:
+            nonlocal timed
+            plan, more = self.solve(graph, costs)
             timed += more
             if self.stop.is_set():
-                return outcome
+                return None
             source = "heuristic" if not self.complete else "nearest" if near else "measured"
-            outcome = Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
-            while outcome.verdict.cause == "memory" and (sizes := self.sealed(plan)):
-                plan = replace(plan, sealed_bytes=max(sizes) // 2)
-                outcome = replace(outcome, plan=plan, verdict=self.judge(plan))
-            if outcome.verdict.cause != "memory":
-                verdict = replace(outcome.verdict, reason=outcome.verdict.reason + refused)
-                return replace(outcome, verdict=verdict)
-            refused = refused or f" (of the plan that should be fastest: {outcome.verdict.reason})"
-            if (outcome.verdict.tuned_temp or 0) >= least:  # it was not their fault
-                self.model.forbidden -= suspects
-                innocent |= suspects
-            least = min(least, outcome.verdict.tuned_temp or np.inf)
-            suspects = self.hungriest(graph, plan, innocent)
-            self.model.forbidden |= suspects
-        return outcome
+            return Outcome(plan=plan, verdict=self.judge(plan), source=source, measured=timed)
 
-    def sealed(self, plan: Plan) -> list[int]:
-        """The sizes of arrays that a plan has written out before convolutions that read them often."""
-        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, plan))(*self.task.shapes))
+        return within_memory(graph, self.model, planned, self.smaller) or untouched("tuning was interrupted")
+
+    def smaller(self, outcome: Outcome) -> Outcome | None:
+        """An outcome without the largest arrays that its plan has written out before convolutions that read them often;
+        None where there are none."""
+        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, outcome.plan))(*self.task.shapes))
         found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
-        return [eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found]
+        if not found:
+            return None
+        largest = max(eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found)
+        plan = replace(outcome.plan, sealed_bytes=largest // 2)
+        return replace(outcome, plan=plan, verdict=self.judge(plan))
 
     def may_choose(self, outcome: Outcome) -> bool:
         """Whether compiler options are worth a try: only where whole functions may be timed."""
@@ -371,29 +287,29 @@ class _Line:
         return timed and sound and not self.out_of_time()
 
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
-        """The better of an outcome and what comes of the line with some compiler options more. First the same plan is
+        """The better of an outcome and what comes of the stages with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
-        line = _Line(self.task, extra, self)
+        pipeline = Pipeline(self.task, extra, self)
         plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
         try:
-            check_runs(self.jaxpr, plan, lambda: line.proofs)
+            check_runs(self.jaxpr, plan, lambda: pipeline.proofs)
         except ValueError:
             return best
-        same = replace(best, plan=plan, verdict=line.judge(plan))
+        same = replace(best, plan=plan, verdict=pipeline.judge(plan))
         if not same.kept:
             return best
-        anew = line.run()
+        anew = pipeline.run()
         return anew if anew.kept and (anew.verdict.ratio or 1.0) > (same.verdict.ratio or 1.0) else same
 
-    def solve(self, graph: LayoutGraph) -> tuple[Plan, int]:
+    def solve(self, graph: LayoutGraph, costs: CostModel) -> tuple[Plan, int]:
         """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
         Those that no plan wants are never measured."""
         measured = 0
         while True:
             self.progress.stage("solving")
-            plan = solve(graph, self.model.node_ns, self.model.conversion_ns)
+            plan = solve(graph, costs.node_ns, costs.conversion_ns)
             plan = replace(plan, compiler_options=self.extra)
-            done = self.measure("conversions", self.model.missing_conversions(plan))
+            done = self.measure("conversions", costs.missing_conversions(plan))
             if not done and not self.ruled_out(graph, plan):
                 return plan, measured
             measured += done
@@ -453,7 +369,7 @@ class _Line:
     @cached_property
     def here(self) -> Environment:
         """What a worker has to be like."""
-        return current_environment(self.device, _compiled(self.compiler_options))
+        return current_environment(self.device, compiled_with(self.compiler_options))
 
     def request(self, make: Callable[[], Job]) -> Request:
         """A job for the workers of an executor."""
@@ -470,44 +386,6 @@ class _Line:
     def judge(self, plan: Plan) -> Verdict:
         """`Judge.verdict`."""
         return self.judging.verdict(plan, seen=self.complete)
-
-    def hungriest(self, graph: LayoutGraph, plan: Plan, innocent: Collection[tuple[str, str]]) -> set[tuple[str, str]]:
-        """A lowering that a plan has at some convolution (its signature's key, and its name): of those in whose run
-        most memory is alive (more than half of the most), what they prepare of the kernel included, the one that is the
-        least loss for it. With it all others that need as much there, but for the one that is written."""
-        needs: dict[tuple[str, str], int] = {}
-        losses: dict[tuple[str, str], float] = {}
-        likes: dict[tuple[str, str], set[tuple[str, str]]] = {}
-
-        def temp(conv: ConvSignature, candidate: Candidate) -> int:
-            found = self.model.measurement(conv, candidate)
-            if found is None or found.median_ns is None:
-                return 0
-            return max(found.temp_bytes or 0, prepared_growth(candidate.lowering, conv, candidate.dims))
-
-        for node in graph.sites:
-            mode, conv, written = plan.choices.get(node.path), node.conv, node.modes[0]
-            if conv is None or mode is None or mode.candidate is None or mode == written:
-                continue
-            chosen = mode.candidate
-            key = conv.key, chosen.lowering
-            if key in innocent:
-                continue
-            needs[key] = conv.nbytes + temp(conv, chosen)
-            alike = {chosen.lowering} | {
-                way.lowering
-                for m in node.modes
-                if (way := m.candidate) is not None and temp(conv, way) >= max(1, temp(conv, chosen))
-            }
-            if written.candidate is not None:
-                alike.discard(written.candidate.lowering)
-            likes[key] = {(conv.key, lowering) for lowering in alike}
-            others = [m for m in node.modes if m.candidate and m.candidate.lowering not in alike]
-            loss = min((self.model.node_ns(node, m) for m in others), default=np.inf) - self.model.node_ns(node, mode)
-            losses[key] = losses.get(key, 0.0) + max(0.0, loss) * node.times
-        hungry = [key for key, need in needs.items() if need > max(needs.values()) / 2]
-        return likes[max(hungry, key=lambda key: needs[key] / (losses[key] + 1e3))] if hungry else set()
-
 
 def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
     """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""

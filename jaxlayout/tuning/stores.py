@@ -1,0 +1,103 @@
+"""Where tuning keeps things: the process's tables, the proofs beside them, and the plans of one program."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from jaxlayout.convs.candidates import Candidate
+from jaxlayout.graph.build import Path
+from jaxlayout.graph.program import ProgramKey
+from jaxlayout.measure.contained import Proofs, never
+from jaxlayout.measure.jobs import CompilerOptions
+from jaxlayout.runtime.threads import default_device
+from jaxlayout.table.table import CostTable
+from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.outcome import Outcome
+
+logger = logging.getLogger("jaxlayout")
+
+_tables: dict[str | None, CostTable] = {}
+_provisional: dict[tuple[Any, ...], Outcome] = {}
+"""What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
+for the table."""
+
+
+def open_table(path: str | None) -> CostTable:
+    """The process's one table for a path."""
+    return _tables.setdefault(path, CostTable(path))
+
+
+def proofs_of(
+    options: Options, told: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
+) -> Proofs:
+    """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
+    compiler_options = {**(told or {}), **extra} or None
+    path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
+    table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
+    return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)
+
+
+@dataclass(frozen=True, slots=True)
+class PlanStore:
+    """What was decided of one program, under one environment and some options."""
+
+    table: CostTable
+    environment: str
+    key: ProgramKey
+    options: Options
+    check: Callable[[Outcome], None]
+    """Raises ValueError where an outcome is not of this very program, or cannot be had here."""
+
+    def load(self) -> Outcome | None:
+        """What was decided before, if anything."""
+        text = self.table.load_plan(self.environment, self.key.function)
+        found = None if text is None else self._parsed(text, self.check)
+        return _provisional.get(self.place) if found is None else replace(found, source="stored")
+
+    def store(self, outcome: Outcome) -> None:
+        """Keep it, in this process alone where not all of it was measured."""
+        if outcome.source == "heuristic":
+            _provisional[self.place] = outcome
+            return
+        sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
+        self.table.store_plan(self.environment, self.key.function, self.key.skeleton, sizes, payload)
+
+    def nearest(self) -> dict[Path, Candidate]:
+        """What the plan of the same program at the nearest sizes chose."""
+
+        def distance(sizes: Sequence[int]) -> float:
+            ratios = np.log(np.maximum(sizes, 1)) - np.log(np.maximum(self.key.sizes, 1))
+            return float(np.abs(ratios).sum())
+
+        found = [
+            (distance(json.loads(sizes)), outcome)
+            for function, sizes, payload in self.table.plans_like(self.environment, self.key.skeleton)
+            if function != self.key.function  # else it has been refused: no hint either
+            if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self._parsed(payload)) is not None
+        ]
+        if not found:
+            return {}
+        choices = min(found, key=lambda pair: pair[0])[1].plan.choices
+        return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        """What tells it from all others in this process."""
+        return self.table.path, self.environment, self.key.function, self.options
+
+    def _parsed(self, text: str, check: Callable[[Outcome], None] = lambda outcome: None) -> Outcome | None:
+        """What a stored text says, if it makes sense."""
+        try:
+            outcome = Outcome.from_json(json.loads(text))
+            check(outcome)
+            return outcome
+        except (ValueError, RecursionError) as error:
+            logger.warning("a stored plan cannot be used and is made anew: %.500s", error)
+            return None
