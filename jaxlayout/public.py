@@ -23,7 +23,7 @@ from jaxlayout.layout import (
     LazyLayoutTensor,
 )
 from jaxlayout.report import Explanation
-from jaxlayout.runtime.memory import keep_freed_memory
+from jaxlayout.runtime.malloc import keep_freed_memory
 from jaxlayout.table.table import CostTable, TableWarning
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome

@@ -15,8 +15,8 @@ from once import once
 from bench import corpus, forms, gpu, networks, noise, plot, races, remote, scenarios, table
 from bench.models import video
 from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.program import equations
+from jaxlayout.graph.validate import check_plan
 from jaxlayout.tuning import pipeline
 
 
@@ -113,7 +113,7 @@ def test_all_channels_first(order):
     sizes = {"N": 2, "H": 8, "W": 8, "C": 4}
     x, weights = jnp.ones([sizes[axis] for axis in order]), [scenarios.kernel(order, 4)] * 2
     plan = forms.channels_first_plan(jaxpr := jax.make_jaxpr(jax.grad(loss))(weights, x))
-    check_fit(jaxpr, plan)
+    check_plan(jaxpr, plan)
     found = sorted(str(mode.candidate) for mode in plan.choices.values() if mode.candidate is not None)
     changed = ["xla:CHWN,IHWO->HWNC"] * 2 + ["xla:NCHW,OIHW->NCHW"] * 3
     assert found == ([] if order == "NCHW" else changed)

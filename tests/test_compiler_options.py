@@ -32,7 +32,7 @@ def gains(costs, monkeypatch):
         batch = line.jaxpr.in_avals[0].shape[0]
         without, under = found[batch]
         ratio, rival = (under, max(1.0, without)) if plan.compiler_options else (without, 1.0)
-        line.judging.original  # noqa: B018 - it must compile
+        line.verifier.original  # noqa: B018 - it must compile
         return Verdict(kept=ratio > rival, reason="made up", ratio=ratio)
 
     monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (EXTRA,)})

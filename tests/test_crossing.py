@@ -31,7 +31,7 @@ from jaxlayout.convs.lowering import evaluate, lowerings
 from jaxlayout.graph.program import equations
 from jaxlayout.measure.jobs import conv_job, measure
 from jaxlayout.measure.reference import reference
-from jaxlayout.runtime.memory import amid, soiled_memory
+from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.tuning import pipeline as stages
 from jaxlayout.tuning.forced import channels_last, force
 from jaxlayout.verify.accept import compare

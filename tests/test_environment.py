@@ -126,7 +126,7 @@ def test_whose_malloc_it_is_counts(tmp_path):
     source, library = tmp_path / "malloc.c", tmp_path / "libmine.so"
     source.write_text("void *__libc_malloc(unsigned long); void *malloc(unsigned long n) { return __libc_malloc(n); }")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    script = "from jaxlayout.runtime.memory import allocator; print(allocator())"
+    script = "from jaxlayout.runtime.malloc import allocator; print(allocator())"
     assert run(script).startswith("libc.so")
     assert run(script, LD_PRELOAD=str(library)) == "libmine.so"
 

@@ -28,8 +28,8 @@ from jaxlayout.graph.build import Mode, build_graph
 from jaxlayout.graph.program import equations, program_key
 from jaxlayout.graph.solve import solve
 from jaxlayout.rewrite.fold import fold
-from jaxlayout.rewrite.still import still_values
-from jaxlayout.tuning import judge, pipeline
+from jaxlayout.rewrite.invariant import invariant_values
+from jaxlayout.tuning import pipeline, verifier
 from jaxlayout.verify.accept import Verdict
 
 pytestmark = pytest.mark.usefixtures("forced")
@@ -145,7 +145,7 @@ def test_what_still_values_cost():
     jaxpr = jax.make_jaxpr(lambda k, x: conv(jnp.swapaxes(x, 1, 2), jnp.swapaxes(k, 2, 3)))(normal(0, 3, 3, 4, 3), X)
 
     def cost(frozen: list[bool]) -> float:
-        graph = build_graph(jaxpr, lambda conv, written: [written], still=still_values(jaxpr, frozen))
+        graph = build_graph(jaxpr, lambda conv, written: [written], invariant=invariant_values(jaxpr, frozen))
         return solve(graph, lambda node, mode: 0.0, lambda *_: 100.0).predicted_ns
 
     assert [cost([k, x]) for k in (False, True) for x in (False, True)] == [200.0, 100.0, 100.0, 0.0]
@@ -416,8 +416,8 @@ def test_a_slow_verdict_leaves_the_original(monkeypatch):
 
 def test_what_is_judged_is_what_runs(judged, monkeypatch):
     seen = []
-    real = judge.accept
-    monkeypatch.setattr(judge, "accept", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
+    real = verifier.accept
+    monkeypatch.setattr(verifier, "accept", lambda *args, **kwargs: seen.append(args) or real(*args, **kwargs))
     frozen = auto_layout(net).freeze(PARAMS)
     assert frozen.outcome(X).verdict.difference < 1e-4
     ((before, after, args),) = seen

@@ -41,8 +41,8 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowerings, registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode
-from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.program import equations
+from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.measure.jobs import TOLERANCE, compile_in
 from jaxlayout.measure.turns import NoTurn
@@ -1117,7 +1117,7 @@ def test_every_plan_that_the_solver_makes_fits(forced):
 
     tuned = auto_layout(f)
     assert len(tuned.plan(X, K).choices) > 5
-    check_fit(jax.make_jaxpr(f)(X, K), tuned.plan(X, K))
+    check_plan(jax.make_jaxpr(f)(X, K), tuned.plan(X, K))
 
 
 def test_an_export_runs_where_there_is_no_jaxlayout(forced, tmp_path):

@@ -21,10 +21,10 @@ from test_retrace import FIRST, LAST, conv, forced, retraced, single, trace, tra
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
 from jaxlayout.graph.build import build_graph
-from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import equations
 from jaxlayout.graph.rules.loops import WHILE_TRIPS
+from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.rewrite.retrace import retrace
 
@@ -130,7 +130,7 @@ def test_they_are_entered_and_give_the_same(name):
     for a, b in zip(found, wanted, strict=True):
         assert (a.shape, a.dtype, a.weak_type) == (b.shape, b.dtype, b.weak_type)
         np.testing.assert_array_equal(a, b)
-    check_fit(jaxpr, dataclasses.replace(plan, choices={p: m for p, m in plan.choices.items() if not m.candidate}))
+    check_plan(jaxpr, dataclasses.replace(plan, choices={p: m for p, m in plan.choices.items() if not m.candidate}))
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -208,7 +208,7 @@ def test_a_plan_whose_orders_cannot_be_is_refused():
     written = tuple(tuple(range(len(order))) for order in mode.operands)
     wrong = dataclasses.replace(plan, choices={path: dataclasses.replace(mode, operands=written)})
     with pytest.raises(ValueError, match=r"scan.* cannot have the orders"):
-        check_fit(jaxpr, wrong)
+        check_plan(jaxpr, wrong)
     with pytest.raises(ValueError, match=r"scan.* cannot have the orders"):
         retraced(jaxpr, wrong)
 

@@ -11,7 +11,7 @@ PROGRAM = """
 import resource
 import sys
 
-from jaxlayout.runtime.memory import allocator, keep_freed_memory, keeps_freed_memory, soiled_memory
+from jaxlayout.runtime.malloc import allocator, keep_freed_memory, keeps_freed_memory, soiled_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()

@@ -127,7 +127,7 @@ def unmeasured(monkeypatch):
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("touched")
 
-    for name in ("pipeline.measure", "pipeline.open_table", "model.open_table", "pipeline.Turns", "judge.accept"):
+    for name in ("pipeline.measure", "pipeline.open_table", "model.open_table", "pipeline.Turns", "verifier.accept"):
         monkeypatch.setattr(f"jaxlayout.tuning.{name}", refuse)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()

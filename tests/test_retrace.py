@@ -28,12 +28,12 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import Mode, Node, build_graph
-from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.graph.rules import Rule
 from jaxlayout.graph.rules.base import registered_rule, same_axes
 from jaxlayout.graph.solve import plan_of, solve
+from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import ConvDimensionNumbers, Order
 from jaxlayout.rewrite.retrace import retrace
 
@@ -151,7 +151,7 @@ def test_random_plans_change_the_program_as_they_say(program, seed):
     assert len(sites) == sum(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr))
     assert count_transposes(new) == len(plan.conversions)
     rest = {path: mode for path, mode in plan.choices.items() if mode.candidate is None}
-    check_fit(jaxpr, Plan(choices=rest))
+    check_plan(jaxpr, Plan(choices=rest))
     assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -749,11 +749,11 @@ def test_a_plan_that_does_not_fit_is_refused():
     for message, (path, mode) in (wrong | unchecked).items():
         if len(path) == 1:
             with pytest.raises(ValueError, match=f"does not fit: equation .*{message}.*test_retrace.py"):
-                check_fit(jaxpr, Plan(choices={path: mode}))
+                check_plan(jaxpr, Plan(choices={path: mode}))
     for path in ((17,), (1, 0)):
         with pytest.raises(ValueError, match="the program has no equation"):
-            check_fit(jaxpr, Plan(choices={path: Mode((last,), (last,))}))
-    check_fit(jaxpr, forced(jaxpr, FIRST))
+            check_plan(jaxpr, Plan(choices={path: Mode((last,), (last,))}))
+    check_plan(jaxpr, forced(jaxpr, FIRST))
 
 
 # Fusion

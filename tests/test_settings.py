@@ -30,7 +30,7 @@ from jaxlayout.runtime.settings import thread_local, under
 from jaxlayout.runtime.threads import Workers
 from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.options import Options
-from jaxlayout.tuning.task import Task
+from jaxlayout.tuning.request import TuningRequest
 
 STRICT = {
     "jax_allow_f16_reductions": False,
@@ -446,7 +446,8 @@ def test_plans_are_kept_apart(name, monkeypatch):
     program = jax.make_jaxpr(conv)(X, K)
 
     def place() -> Any:
-        asked = Task(program, None, Options(), "entry", None, False, (), program, (), None, Silent(), threading.Event())
+        rest = "entry", None, False, (), program, (), None, Silent(), threading.Event()
+        asked = TuningRequest(program, None, Options(), *rest)
         return pipeline.Pipeline(asked).plans.place
 
     before = place()

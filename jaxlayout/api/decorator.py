@@ -49,7 +49,7 @@ from jaxlayout.runtime._compat import (
 )
 from jaxlayout.runtime.settings import is_plain
 from jaxlayout.runtime.threads import device_of, is_real, one_device
-from jaxlayout.tuning.first import FirstRun
+from jaxlayout.tuning.first_run import FirstRun
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, postponed
 

@@ -37,7 +37,7 @@ from jaxlayout.runtime._compat import (
 from jaxlayout.runtime.nesting import inside
 from jaxlayout.runtime.settings import is_plain
 from jaxlayout.runtime.threads import Workers, device_of, is_real
-from jaxlayout.tuning.first import FirstRun
+from jaxlayout.tuning.first_run import FirstRun
 from jaxlayout.tuning.outcome import Outcome, postponed
 from jaxlayout.verify.accept import allowance
 
@@ -204,7 +204,7 @@ class Frozen:
     def _prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context, whole: bool
     ) -> _Prepared | None:
-        """Trace the function, plan it, and compute what holds still. `whole`: convolutions are to stay convolutions.
+        """Trace the function, plan it, and compute what is invariant. `whole`: convolutions are to stay convolutions.
         None where the function closes over values that are being traced."""
         full, named = self._joined(args, kwargs)
         static = self._marked("static", full, named)

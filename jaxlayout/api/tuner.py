@@ -26,7 +26,7 @@ from jaxlayout.runtime._compat import is_array, open_jaxpr
 from jaxlayout.runtime.nesting import inside, within
 from jaxlayout.runtime.progress import progress_bar
 from jaxlayout.runtime.threads import apart, default_device, device_of
-from jaxlayout.tuning.first import FirstRun
+from jaxlayout.tuning.first_run import FirstRun
 from jaxlayout.tuning.model import cost_model
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched

@@ -77,7 +77,7 @@ def variables(environ: Mapping[str, str]) -> Iterator[Finding]:
 
 def memory() -> Finding:
     """Whether the C library keeps the memory of arrays that are gone."""
-    from jaxlayout.runtime.memory import keeps_freed_memory
+    from jaxlayout.runtime.malloc import keeps_freed_memory
 
     kept = keeps_freed_memory()
     if kept is None:

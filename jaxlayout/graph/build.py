@@ -116,7 +116,7 @@ class LayoutGraph:
 
     values: tuple[Value, ...]
     nodes: tuple[Node, ...]
-    still: frozenset[int] = frozenset()
+    invariant: frozenset[int] = frozenset()
     """The values that are computed once, ahead of all calls: to convert them costs nothing."""
 
     @property
@@ -141,18 +141,18 @@ def build_graph(
     jaxpr: Any,
     enumerate_candidates: Enumerate,
     context: Context = "entry",
-    still: Collection[Any] = (),
+    invariant: Collection[Any] = (),
     divided: Mapping[Any, Division] = MappingProxyType({}),
 ) -> LayoutGraph:
     """The graph of a closed jaxpr. `enumerate_candidates(signature, as written)` gives the ways to compute a
-    convolution, the written one first. `still`: the variables of the jaxpr that are computed once. `divided`: how its
-    arguments and constants are among devices."""
+    convolution, the written one first. `invariant`: the variables of the jaxpr that are computed once. `divided`: how
+    its arguments and constants are among devices."""
     builder = _Builder(enumerate_candidates, divided)
     outer, place = open_jaxpr(jaxpr), _Place((), context, 1.0)
     env = {var: builder.produced(var.aval, place, "input", divided.get(var)) for var in outer.invars}
     for value, rank in builder.region(jaxpr, env, place):
         builder.add(place, "output", [value], [], _only([rank], []))
-    return replace(builder.finish(), still=frozenset(env[var][0] for var in still if var in env))
+    return replace(builder.finish(), invariant=frozenset(env[var][0] for var in invariant if var in env))
 
 
 @dataclass(frozen=True, slots=True)

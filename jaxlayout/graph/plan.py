@@ -12,7 +12,7 @@ from typing import Any
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
-from jaxlayout.runtime.checked import flag, integer, number, optional, shown, text
+from jaxlayout.runtime.plain_data import flag, integer, number, optional, shown, text
 
 FORMAT = 3
 

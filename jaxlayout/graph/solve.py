@@ -84,7 +84,7 @@ class _Problem:
 
     def ns(self, value: int, held: Order, wanted: Order) -> float:
         described = self.graph.values[value]
-        if value in self.graph.still or not moves_data(described.shape, held, wanted):
+        if value in self.graph.invariant or not moves_data(described.shape, held, wanted):
             return 0.0
         return described.times * self.conversion_ns(described.shape, described.dtype, held, wanted)
 
@@ -131,12 +131,12 @@ def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, 
     found = [
         Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path, node.times)
         for node, mode in zip(graph.nodes, modes, strict=True)
-        if node.moved is not None and mode is node.modes[0] and node.results[0] not in graph.still
+        if node.moved is not None and mode is node.modes[0] and node.results[0] not in graph.invariant
         for described in (graph.values[node.results[0]],)
         if moves_data(described.shape, node.moved, mode.results[0])
     ]
     for value, (producer, slot) in producers.items():
-        if value in graph.still:
+        if value in graph.invariant:
             continue
         described, held = graph.values[value], modes[producer].results[slot]
         made = {held}

@@ -18,7 +18,7 @@ import jax
 import jax.extend.backend
 
 from jaxlayout.runtime.limits import cores
-from jaxlayout.runtime.memory import allocator
+from jaxlayout.runtime.malloc import allocator
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import MEASURING
 from jaxlayout.table.table import describe

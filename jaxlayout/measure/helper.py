@@ -38,7 +38,7 @@ from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.measure.environment import current_environment, settings
 from jaxlayout.measure.jobs import CompilerOptions, candidate_id, compile_in, conv_job, program_hash
-from jaxlayout.runtime.memory import NANS, amid, keep_freed_memory
+from jaxlayout.runtime.malloc import NANS, amid, keep_freed_memory
 from jaxlayout.table.measurement import Measurement, failed
 
 CROWD = 4

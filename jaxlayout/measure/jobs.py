@@ -31,7 +31,7 @@ from jaxlayout.measure.peaks import Peaks
 from jaxlayout.measure.reference import reference
 from jaxlayout.measure.turns import NoTurn, Turns
 from jaxlayout.runtime.limits import memory_left
-from jaxlayout.runtime.memory import amid, soiled_memory
+from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.runtime.threads import Workers, default_device
 from jaxlayout.runtime.timing import lasting
 from jaxlayout.table.measurement import Measurement, Status, failed

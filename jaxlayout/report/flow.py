@@ -62,7 +62,7 @@ def converted(graph: LayoutGraph, modes: Sequence[Mode]) -> list[Converted]:
             for order in {modes[consumer].operands[s] for s in slots}:
                 wants.setdefault(order, []).append(consumer)
         for order, those in wants.items():
-            if value not in graph.still and moves_data(graph.values[value].shape, held, order):
+            if value not in graph.invariant and moves_data(graph.values[value].shape, held, order):
                 found.append(Converted(value, held, order, producer, tuple(those)))
     return found
 
@@ -220,7 +220,7 @@ class _Contraction:
             left, seen = deque(v for v in node.results), set(node.results)
             while left:
                 value = left.popleft()
-                if value in self.graph.still:
+                if value in self.graph.invariant:
                     continue
                 for consumer, slots in consumers.get(value, {}).items():
                     other = self.graph.nodes[consumer]
@@ -265,7 +265,7 @@ class _Contraction:
         self.behind.update((value, steps) for value in node.results if value >= 0)
 
     def comes_from(self, value: int) -> frozenset[int]:
-        if value < 0 or value in self.graph.still:
+        if value < 0 or value in self.graph.invariant:
             return frozenset()
         if value not in self.behind:  # of a port: into a body from outside, and out of it from inside
             i, slot = self.made[value]

@@ -14,15 +14,15 @@ from jax.extend import source_info_util
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import Enumerate, LayoutGraph, Mode, Node, Path, build_graph
-from jaxlayout.graph.fit import located
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import Division
 from jaxlayout.graph.solve import wiring
+from jaxlayout.graph.validate import located
 from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.report.explanation import Explanation, Site
 from jaxlayout.report.flow import Flow, axis_letters, converted, is_derived, modes_under, nearest_anchor, order_name
 from jaxlayout.report.value import Barrier, Move, Transpose, Tried, short_line
-from jaxlayout.rewrite.still import still_values
+from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.tuning.model import CostModel
 from jaxlayout.tuning.outcome import Outcome
 
@@ -49,8 +49,8 @@ def explain(
     def offered(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
         return model.candidates(conv, written, relaxed=relaxed)
 
-    still = still_values(jaxpr, frozen) if any(frozen) else ()
-    graph = build_graph(jaxpr, offered, model.context, still, divided)
+    invariant = invariant_values(jaxpr, frozen) if any(frozen) else ()
+    graph = build_graph(jaxpr, offered, model.context, invariant, divided)
     return _Gathered(jaxpr, graph, outcome.plan, model, offered).explanation(name, outcome)
 
 
@@ -143,7 +143,7 @@ class _Gathered:
     def transposes(self) -> list[Transpose]:
         found = []
         for node, mode in zip(self.graph.nodes, self.modes, strict=True):
-            if node.moved is None or node.results[0] in self.graph.still:
+            if node.moved is None or node.results[0] in self.graph.invariant:
                 continue
             eqn, described = self.equations[node.path], self.graph.values[node.results[0]]
             if not moves_data(described.shape, node.moved, identity(len(node.moved))):

@@ -1,1 +1,1 @@
-"""From a jaxpr and a plan to another program: scales folded, what holds still split off, equations bound anew."""
+"""From a jaxpr and a plan to another program: scales folded, what is invariant split off, equations bound anew."""

@@ -1,5 +1,5 @@
 """A scale and shift for each feature that follows a convolution, folded into its kernel:
-`conv(x, k) * s + b` is `conv(x, k * s) + b`, and where `k`, `s` and `b` hold still the product is taken once.
+`conv(x, k) * s + b` is `conv(x, k * s) + b`, and where `k`, `s` and `b` are invariant the product is taken once.
 
 Batch normalisation in inference, `(conv - mean) * (rsqrt(var + eps) * gamma) + beta`, is a chain of such steps. This
 rounds the kernel anew, so, like a new order, it is for the judge of the whole function to allow.
@@ -24,7 +24,7 @@ from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.build import static_shapes
 from jaxlayout.graph.rules import Rule, is_placed, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE
-from jaxlayout.rewrite.still import still_values
+from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.runtime._compat import bind_equation, eval_equations, open_jaxpr
 from jaxlayout.runtime.settings import TRACED, under
 
@@ -37,8 +37,8 @@ _FAITHFUL = frozenset({p.broadcast_in_dim_p, p.reshape_p, p.squeeze_p, p.transpo
 def fold(jaxpr: Any, frozen: Sequence[bool], args: Sequence[Any]) -> Any:
     """The closed jaxpr with every chain of scales and shifts that can be folded; the same object if none can.
 
-    `frozen`: which arguments hold still. `args`: flat arguments or tracers, for their types. Left alone: chains of one
-    shift, convolutions whose result is used elsewhere too, those whose kernel is coarser than their result, and chains
+    `frozen`: which arguments are invariant. `args`: flat arguments or tracers, for their types. Left alone: chains of
+    one shift, convolutions whose result is used elsewhere too, those whose kernel is coarser than their result, and chains
     past the point where they are finer or coarser than the convolution itself.
     """
     with under(TRACED):
@@ -103,7 +103,7 @@ class _Affine:
 
 
 def _step(eqn: Any, operands: Sequence[Any]) -> _Affine:
-    """A chain with one more equation: one operand is the chain so far, the other, if any, holds still."""
+    """A chain with one more equation: one operand is the chain so far, the other, if any, is invariant."""
     place = next(i for i, x in enumerate(operands) if isinstance(x, _Affine))
     affine = operands[place]
     if eqn.primitive is p.convert_element_type_p:
@@ -136,7 +136,7 @@ def _along(vector: jax.Array, axis: int, rank: int) -> jax.Array:
 
 def _chains(jaxpr: Any, frozen: Sequence[bool]) -> list[list[Any]]:
     """The chains to be folded: the equation of a convolution and those that scale and shift its result."""
-    inner, still = open_jaxpr(jaxpr), still_values(jaxpr, frozen)
+    inner, invariant = open_jaxpr(jaxpr), invariant_values(jaxpr, frozen)
     varying = _varying(inner)
     users: dict[Any, list[Any]] = defaultdict(list)
     for eqn in inner.eqns:
@@ -148,11 +148,11 @@ def _chains(jaxpr: Any, frozen: Sequence[bool]) -> list[list[Any]]:
             users[atom].append(None)
     chains = []
     for eqn in inner.eqns:
-        if not _may_start(eqn, still):
+        if not _may_start(eqn, invariant):
             continue
         chain = [eqn]
         while len(using := users[chain[-1].outvars[0]]) == 1 and using[0] is not None:
-            if not _may_follow(using[0], chain[-1].outvars[0], eqn, still, varying):
+            if not _may_follow(using[0], chain[-1].outvars[0], eqn, invariant, varying):
                 break
             chain.append(using[0])
         while chain[-1].outvars[0].aval.dtype != eqn.outvars[0].aval.dtype:
@@ -163,13 +163,13 @@ def _chains(jaxpr: Any, frozen: Sequence[bool]) -> list[list[Any]]:
     return chains
 
 
-def _may_start(eqn: Any, still: frozenset[Any]) -> bool:
+def _may_start(eqn: Any, invariant: frozenset[Any]) -> bool:
     if eqn.primitive not in CONVOLUTIONS or not static_shapes(eqn) or is_placed(eqn.params):
         return False
     lhs, kernel = eqn.invars
     dtype = eqn.outvars[0].aval.dtype
-    moves = not isinstance(lhs, Literal) and lhs not in still
-    return moves and kernel in still and kernel.aval.dtype == dtype and jnp.issubdtype(dtype, jnp.floating)
+    moves = not isinstance(lhs, Literal) and lhs not in invariant
+    return moves and kernel in invariant and kernel.aval.dtype == dtype and jnp.issubdtype(dtype, jnp.floating)
 
 
 def _holds(wide: Any, dtype: Any) -> bool:
@@ -177,8 +177,10 @@ def _holds(wide: Any, dtype: Any) -> bool:
     return jnp.issubdtype(wide, jnp.floating) and jnp.promote_types(wide, dtype) == wide
 
 
-def _may_follow(eqn: Any, value: Any, conv: Any, still: frozenset[Any], varying: Mapping[Any, frozenset[int]]) -> bool:
-    """Whether an equation scales or shifts `value`, which comes of a convolution, by what holds still and varies along
+def _may_follow(
+    eqn: Any, value: Any, conv: Any, invariant: frozenset[Any], varying: Mapping[Any, frozenset[int]]
+) -> bool:
+    """Whether an equation scales or shifts `value`, which comes of a convolution, by what is invariant and varies along
     its features alone; or rounds it to no less than the convolution gave (half precision is often normalised in
     single)."""
     feature, dtype = conv.params["dimension_numbers"].out_spec[1], conv.outvars[0].aval.dtype
@@ -193,7 +195,7 @@ def _may_follow(eqn: Any, value: Any, conv: Any, still: frozenset[Any], varying:
     def fits(atom: Any) -> bool:
         if isinstance(atom, Literal):
             return np.ndim(atom.val) == 0
-        return atom in still and varying[atom] <= {feature}
+        return atom in invariant and varying[atom] <= {feature}
 
     return all(map(fits, others))
 

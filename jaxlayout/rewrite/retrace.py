@@ -15,11 +15,11 @@ from jax.extend.core import primitives as p
 from jaxlayout.convs.lowering import rereads
 from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
-from jaxlayout.graph.fit import misfit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import equations
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, rule_for
 from jaxlayout.graph.rules.elementwise import ELEMENTWISE, TRANSCENDENTAL
+from jaxlayout.graph.validate import misfit
 from jaxlayout.layout import LayoutTensor, LazyLayoutTensor, Order, identity
 from jaxlayout.runtime._compat import bind_equation, consts_of, equation_scope, open_jaxpr, rank_of
 

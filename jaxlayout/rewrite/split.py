@@ -20,13 +20,13 @@ from jaxlayout.convs.lowering import evaluate, lowering_named
 from jaxlayout.convs.primitive import is_explicit, tuned_conv_p
 from jaxlayout.convs.signature import ConvSignature, written_order
 from jaxlayout.graph.rules import bodies_of
-from jaxlayout.rewrite.still import is_still, still_values
+from jaxlayout.rewrite.invariant import invariant_values, is_invariant
 from jaxlayout.runtime._compat import consts_of, eval_equations, open_jaxpr, run_equations
 
 
 def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, expand: bool = False) -> Any:
     """The closed jaxpr of a function of flat arguments with the bodies of its `jit` calls in their place: of a call as
-    a whole either all operands hold still or nothing does. `expand`: convolutions that have been chosen, too, as what
+    a whole either all operands are invariant or nothing is. `expand`: convolutions that have been chosen, too, as what
     their lowering does with the kernel and with the image. Calls with shardings of their own stay calls."""
 
     def bind(eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
@@ -61,18 +61,18 @@ class Split:
 
     @classmethod
     def of(cls, jaxpr: Any, frozen: Sequence[bool]) -> Split:
-        """Split a closed jaxpr. What no result and no effect needs is in neither part; views of what holds still, and
+        """Split a closed jaxpr. What no result and no effect needs is in neither part; views of what is invariant, and
         what depends on no argument at all, are in both."""
         inner = open_jaxpr(jaxpr)
-        still = still_values(jaxpr, frozen)
-        constant = still_values(jaxpr, [False] * len(frozen))  # those the compiler may know
+        invariant = invariant_values(jaxpr, frozen)
+        constant = invariant_values(jaxpr, [False] * len(frozen))  # those the compiler may know
         uses = Counter(var for eqn in inner.eqns for var in _variables(eqn.invars))
         wanted = _variables(inner.outvars)
         kept: list[Any] = []
         rest: list[Any] = []
         for eqn in reversed(inner.eqns):
             needed = [var for var in eqn.outvars if var in wanted]
-            if is_still(eqn, still) and not is_still(eqn, constant) and not _is_view(eqn, uses):
+            if is_invariant(eqn, invariant) and not is_invariant(eqn, constant) and not _is_view(eqn, uses):
                 kept += needed
             elif needed or eqn.effects:
                 rest.append(eqn)
@@ -80,7 +80,7 @@ class Split:
         lives = set(kept)
         once: list[Any] = []
         for eqn in reversed(inner.eqns):
-            if is_still(eqn, still) and any(var in lives for var in eqn.outvars):
+            if is_invariant(eqn, invariant) and any(var in lives for var in eqn.outvars):
                 once.append(eqn)
                 lives |= _variables(eqn.invars)
         as_they_are = (var for var, held in zip(inner.invars, frozen, strict=True) if held and var in wanted)

@@ -3,8 +3,8 @@
 - `_compat`: the one place for what differs between versions of JAX.
 - `settings`, `threads`, `nesting`: in what threads, under which of JAX's settings, and within what, tuning runs.
 - `timing`: how long a sample of a time lasts.
-- `memory`, `limits`: what `malloc` does with freed memory; what memory is left.
+- `malloc`, `limits`: what `malloc` does with freed memory; what memory is left.
 - `lock`: locks between processes.
-- `checked`: plain data from elsewhere, refused where it is not what it should be.
+- `plain_data`: what comes from elsewhere, refused where it is not what it should be.
 - `progress`: what is told of long work.
 """

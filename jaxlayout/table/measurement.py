@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from jaxlayout.runtime.checked import integer, number, one_of, optional, shown, text
+from jaxlayout.runtime.plain_data import integer, number, one_of, optional, shown, text
 
 Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 

@@ -26,8 +26,8 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
-from jaxlayout.runtime.checked import number
 from jaxlayout.runtime.lock import file_lock, locks_work
+from jaxlayout.runtime.plain_data import number
 from jaxlayout.table import sqlite
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row

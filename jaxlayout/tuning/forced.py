@@ -28,15 +28,16 @@ as often as they run. Equations on numbers and vectors do not count: they have n
 training steps 9 to 42 (`bench.models`, `bench.training`)."""
 
 
-def force(jaxpr: Any, policy: LayoutPolicy, context: Context, still: Collection[Any] = ()) -> Outcome:
-    """The outcome for a closed jaxpr. `still`: its variables that are computed once, and cost nothing to convert."""
+def force(jaxpr: Any, policy: LayoutPolicy, context: Context, invariant: Collection[Any] = ()) -> Outcome:
+    """The outcome for a closed jaxpr. `invariant`: its variables that are computed once, and cost nothing to
+    convert."""
 
     def ways(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
         if written.lowering != "xla":  # chosen already, by an auto_layout inside
             return [written]
         return list(dict.fromkeys((written, *(Candidate(xla_for(conv), dims) for dims in channels_last(conv, policy)))))
 
-    graph = build_graph(jaxpr, ways, context, still)
+    graph = build_graph(jaxpr, ways, context, invariant)
     convolutions, others = _counts(graph)
     if others > OTHERS * convolutions:
         return untouched(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxlayout.graph.plan import Plan
-from jaxlayout.runtime.checked import flag, integer, number, one_of, shown
+from jaxlayout.runtime.plain_data import flag, integer, number, one_of, shown
 from jaxlayout.verify.accept import Verdict
 
 logger = logging.getLogger("jaxlayout")

@@ -22,12 +22,12 @@ from jaxlayout.convs.lowering import lowerings, may_crash
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
-from jaxlayout.graph.fit import check_fit
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import ProgramKey, equations, program_key
 from jaxlayout.graph.rules.base import rule_names
 from jaxlayout.graph.shards import of_arguments
 from jaxlayout.graph.solve import solve
+from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.measure.contained import Proofs
 from jaxlayout.measure.environment import LOWERED, Environment, current_environment, options_set
@@ -35,22 +35,22 @@ from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candi
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.remote import Request, measure_elsewhere
 from jaxlayout.measure.turns import NoTurn, Turns
+from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.rewrite.retrace import retrace
-from jaxlayout.rewrite.still import still_values
 from jaxlayout.runtime._compat import open_jaxpr
 from jaxlayout.runtime.progress import Progress, Silent
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning.budget import process_budget
 from jaxlayout.tuning.forced import force
-from jaxlayout.tuning.judge import Judge
 from jaxlayout.tuning.memory_search import within_memory
 from jaxlayout.tuning.model import CostModel, compiled_with, cost_model
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched
 from jaxlayout.tuning.proofs import check_runs
+from jaxlayout.tuning.request import TuningRequest
 from jaxlayout.tuning.stores import PlanStore, open_table, proofs_of
-from jaxlayout.tuning.task import Task
+from jaxlayout.tuning.verifier import Verifier
 from jaxlayout.verify.accept import Verdict, allowance
 
 logger = logging.getLogger("jaxlayout")
@@ -102,7 +102,7 @@ def decide(
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
         return untouched("its shapes are symbolic")
     if pinned is not None:
-        check_fit(jaxpr, pinned)
+        check_plan(jaxpr, pinned)
         _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
         check_runs(jaxpr, pinned, lambda: proofs_of(options, compiler_options, pinned.compiler_options, stop))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
@@ -111,13 +111,12 @@ def decide(
         return untouched("it has no convolution")
     try:
         if options.policy == "channels_last":
-            return force(jaxpr, LayoutPolicy.for_device(), context, _still(jaxpr, frozen))
+            return force(jaxpr, LayoutPolicy.for_device(), context, _invariant(jaxpr, frozen))
         told, original = (compiler_options, choose_options), jaxpr if written is None else written
         if args is not None:
             shardings = [getattr(x, "sharding", None) for x in args]
-        pipeline = Pipeline(
-            Task(jaxpr, args, options, context, *told, frozen, original, shardings, executor, progress, stop, waited)
-        )
+        rest = shardings, executor, progress, stop, waited
+        pipeline = Pipeline(TuningRequest(jaxpr, args, options, context, *told, frozen, original, *rest))
         if (stored := pipeline.stored()) is not None:
             return stored
         if died := pipeline.marker.left():
@@ -131,7 +130,7 @@ def decide(
             return outcome
         for extra in pipeline.option_sets if pipeline.may_choose(outcome) else ():
             outcome = pipeline.under(extra, outcome)
-        outcome = replace(outcome, seconds=time.monotonic() - start, folded=pipeline.task.folded)
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=pipeline.request.folded)
         if not stop.is_set():
             pipeline.plans.store(outcome)
         return outcome
@@ -148,7 +147,7 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     asked to, and NoTurn."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
-    pipeline = Pipeline(Task(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
+    pipeline = Pipeline(TuningRequest(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
     graph = pipeline.graph({})
     jobs = pipeline.model.missing_convolutions(graph)
     if pipeline.measure("convolutions", jobs) < len(jobs):
@@ -166,25 +165,28 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
 class Pipeline:
     """One run of the stages; what several of them need."""
 
-    def __init__(self, task: Task, extra: Mapping[str, str] = MappingProxyType({}), without: Pipeline | None = None):
+    def __init__(
+        self, request: TuningRequest, extra: Mapping[str, str] = MappingProxyType({}), without: Pipeline | None = None
+    ):
         """`extra`: compiler options on trial; `without`: the pipeline without them."""
-        self.task, self.extra, self.without = task, extra, without
-        self.jaxpr, self.options = task.jaxpr, task.options
-        self.context: Context = task.context
-        self.frozen, self.progress, self.stop = task.frozen, task.progress, task.stop
-        self.compiler_options: CompilerOptions = {**(task.told or {}), **extra} or None
+        self.request, self.extra, self.without = request, extra, without
+        self.jaxpr, self.options = request.jaxpr, request.options
+        self.context: Context = request.context
+        self.frozen, self.progress, self.stop = request.frozen, request.progress, request.stop
+        self.compiler_options: CompilerOptions = {**(request.told or {}), **extra} or None
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
         self.table = open_table(self.options.table)
-        self.divided = of_arguments(self.jaxpr, task.shardings)
+        self.divided = of_arguments(self.jaxpr, request.shardings)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         # Measurements outlive a release. What is planned from them, and judged, each release does anew.
         rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
         compiled = compiled_with(self.compiler_options)
         choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
-        choices |= {"options": OPTION_SETS if task.choose_options else ""} | ({"spans": True} if task.spans else {})
+        choices |= {"options": OPTION_SETS if request.choose_options else ""}
+        choices |= {"spans": True} if request.spans else {}
         lowered = options_set(LOWERED)
         environment = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
         self.plans = PlanStore(self.table, environment, self.key, self.options, self.check)
@@ -193,31 +195,31 @@ class Pipeline:
         if without is None:
             self.spender = process_budget.spender()
             timeout, waiting = self.options.lock_timeout, self.spender.waiting
-            self.turns = Turns(timeout, self.stop, waiting=waiting, waited=task.waited)
-            self.judging = Judge(task, task.told, self.turns, self.marker)
+            self.turns = Turns(timeout, self.stop, waiting=waiting, waited=request.waited)
+            self.verifier = Verifier(request, request.told, self.turns, self.marker)
         else:
             self.spender, self.turns = without.spender, without.turns
-            self.judging = without.judging.under(self.compiler_options)
+            self.verifier = without.verifier.under(self.compiler_options)
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
         found = self.plans.load()
-        return found and replace(found, folded=self.task.folded)
+        return found and replace(found, folded=self.request.folded)
 
     def check(self, outcome: Outcome) -> None:
         """Raise ValueError where an outcome is not of this very program, or cannot be had here."""
-        check_fit(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
+        check_plan(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
         _check_options(outcome.plan, self.option_sets)
         check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
 
     @property
     def option_sets(self) -> Sequence[Mapping[str, str]]:
         """The compiler options that a plan may ask for here."""
-        return OPTION_SETS.get(self.device.platform, ()) if self.task.choose_options else ()
+        return OPTION_SETS.get(self.device.platform, ()) if self.request.choose_options else ()
 
     def proofs_under(self, extra: Mapping[str, str]) -> Proofs:
         """`proofs_of`, under compiler options beside those told."""
-        return proofs_of(self.options, self.task.told, extra, self.stop)
+        return proofs_of(self.options, self.request.told, extra, self.stop)
 
     @cached_property
     def proofs(self) -> Proofs:
@@ -233,8 +235,8 @@ class Pipeline:
             ways = [way for way in ways if way == written or self.worth(conv, way, wanted)]
             return [way for way in ways if way == written or self.offers(way.lowering)]
 
-        still = _still(self.jaxpr, self.frozen)
-        return build_graph(self.jaxpr, enumerate_candidates, self.context, still, self.divided)
+        invariant = _invariant(self.jaxpr, self.frozen)
+        return build_graph(self.jaxpr, enumerate_candidates, self.context, invariant, self.divided)
 
     def offers(self, lowering: str) -> bool:
         """Whether it can be seen first that forms of a lowering run, where that has to be."""
@@ -272,7 +274,7 @@ class Pipeline:
     def smaller(self, outcome: Outcome) -> Outcome | None:
         """An outcome without the largest arrays that its plan has written out before convolutions that read them often;
         None where there are none."""
-        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, outcome.plan))(*self.task.shapes))
+        convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, outcome.plan))(*self.request.shapes))
         found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
         if not found:
             return None
@@ -282,14 +284,14 @@ class Pipeline:
 
     def may_choose(self, outcome: Outcome) -> bool:
         """Whether compiler options are worth a try: only where whole functions may be timed."""
-        timed = self.options.verdict and self.options.on_miss == "measure" and not self.task.not_to_be_run
+        timed = self.options.verdict and self.options.on_miss == "measure" and not self.request.not_to_be_run
         sound = outcome.verdict.cause in ("time", "untried") and outcome.source != "none"
         return timed and sound and not self.out_of_time()
 
     def under(self, extra: Mapping[str, str], best: Outcome) -> Outcome:
         """The better of an outcome and what comes of the stages with some compiler options more. First the same plan is
         tried with them, and only where that is faster the program is planned for them."""
-        pipeline = Pipeline(self.task, extra, self)
+        pipeline = Pipeline(self.request, extra, self)
         plan = replace(best.plan if best.kept else Plan(), compiler_options=extra)
         try:
             check_runs(self.jaxpr, plan, lambda: pipeline.proofs)
@@ -335,9 +337,9 @@ class Pipeline:
         if self.options.on_miss == "error":
             raise TableMiss(f"{self.table.path} lacks {len(jobs)} {what}, the first: {jobs[0].key}")
         self.progress.stage(f"measuring {what}", len(jobs))
-        if self.task.executor is not None:  # its workers may be of this machine, and take the lock
+        if self.request.executor is not None:  # its workers may be of this machine, and take the lock
             with self.spender.spending():
-                self.keep(measure_elsewhere(jobs, self.task.executor, self.request, self.out_of_time))
+                self.keep(measure_elsewhere(jobs, self.request.executor, self.job_request, self.out_of_time))
         left = [job for job in jobs if not self.model.learned(job)]  # by others, or just now elsewhere
         with self.spender.spending():
             here = measure(
@@ -371,7 +373,7 @@ class Pipeline:
         """What a worker has to be like."""
         return current_environment(self.device, compiled_with(self.compiler_options))
 
-    def request(self, make: Callable[[], Job]) -> Request:
+    def job_request(self, make: Callable[[], Job]) -> Request:
         """A job for the workers of an executor."""
         return Request(
             make=make,
@@ -385,7 +387,7 @@ class Pipeline:
 
     def judge(self, plan: Plan) -> Verdict:
         """`Judge.verdict`."""
-        return self.judging.verdict(plan, seen=self.complete)
+        return self.verifier.verdict(plan, seen=self.complete)
 
 def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
     """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""
@@ -393,6 +395,6 @@ def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
         raise ValueError(f"the plan asks for compiler options that are not among ours: {dict(plan.compiler_options)}")
 
 
-def _still(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
+def _invariant(jaxpr: Any, frozen: Sequence[bool]) -> Collection[Any]:
     """The variables that are computed once, where some arguments are frozen."""
-    return still_values(jaxpr, frozen) if any(frozen) else ()
+    return invariant_values(jaxpr, frozen) if any(frozen) else ()

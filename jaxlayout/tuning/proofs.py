@@ -7,8 +7,8 @@ from typing import Any
 
 from jaxlayout.convs.lowering import may_crash
 from jaxlayout.convs.signature import ConvSignature
-from jaxlayout.graph.fit import located, misfit
 from jaxlayout.graph.plan import Plan
+from jaxlayout.graph.validate import located, misfit
 from jaxlayout.measure.contained import Proofs
 
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from jaxlayout.measure.jobs import WARM_NS, Compiled
 from jaxlayout.measure.turns import NoTurn
-from jaxlayout.runtime.checked import flag, integer, number, one_of, optional, shown, text
-from jaxlayout.runtime.memory import amid, soiled_memory
+from jaxlayout.runtime.malloc import amid, soiled_memory
+from jaxlayout.runtime.plain_data import flag, integer, number, one_of, optional, shown, text
 from jaxlayout.verify.accuracy import Accuracy
 from jaxlayout.verify.race import race
 

@@ -20,7 +20,7 @@ from jaxlayout.tuning.options import Options
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TuningRequest:
     """What `decide` is asked (see there), and what follows from that alone."""
 
     jaxpr: Any

@@ -19,37 +19,37 @@ from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.rewrite.split import Split, flattened
 from jaxlayout.runtime._compat import eval_equations
 from jaxlayout.runtime.threads import Workers
-from jaxlayout.tuning.task import Task
+from jaxlayout.tuning.request import TuningRequest
 from jaxlayout.verify.accept import Verdict, accept, draws, liveliest
 from jaxlayout.verify.accuracy import Accuracy, accuracies
 
 
-class Judge:
+class Verifier:
     """Compiles and runs the original of a task once, and each program that it is held against."""
 
-    def __init__(self, task: Task, compiler_options: CompilerOptions, turns: Turns, marker: Marker):
+    def __init__(self, request: TuningRequest, compiler_options: CompilerOptions, turns: Turns, marker: Marker):
         """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
         stands in line to time. `marker`: is there while a program under a plan is tried for the first time."""
-        self.task, self.compiler_options, self.turns, self.marker = task, compiler_options, turns, marker
+        self.request, self.compiler_options, self.turns, self.marker = request, compiler_options, turns, marker
         self.best: tuple[Compiled, float] | None = None
         """The program that was kept, and how many times faster than the original it is."""
         self.rival: tuple[Compiled, float] | None = None
-        """Such a one of another judge: to be kept is to be faster than that."""
+        """Such a one of another verifier: to be kept is to be faster than that."""
 
-    def under(self, compiler_options: CompilerOptions) -> Judge:
+    def under(self, compiler_options: CompilerOptions) -> Verifier:
         """One for programs with other compiler options, which are raced against what was kept by this one."""
-        other = Judge(self.task, compiler_options, self.turns, self.marker)
+        other = Verifier(self.request, compiler_options, self.turns, self.marker)
         other.original, other.trial_arguments, other.rival = self.original, self.trial_arguments, self.best
         return other
 
     def verdict(self, plan: Plan, *, seen: bool) -> Verdict:
         """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured."""
-        task, unfit = self.task, self.task.not_to_be_run
-        if plan.trivial and not task.folded:
+        request, unfit = self.request, self.request.not_to_be_run
+        if plan.trivial and not request.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
-        if task.spans:  # to compile it may need the others, too
+        if request.spans:  # to compile it may need the others, too
             return self._untried(plan, unfit, seen)
-        task.progress.stage("judging")
+        request.progress.stage("judging")
         self.turns.pause()
         with Workers(1) as pool:  # beside the original, the first time
             compiling = pool.submit(self._rewritten, plan)
@@ -71,11 +71,11 @@ class Judge:
             after,
             trial,
             accuracy=self.accuracy,
-            memory_limit=task.options.memory_limit,
-            timed=task.options.verdict,
+            memory_limit=request.options.memory_limit,
+            timed=request.options.verdict,
             rival=self.rival,
-            stop=task.stop,
-            relax=task.options.relax,
+            stop=request.stop,
+            relax=request.options.relax,
             turn=self.turns.timing,
             first_run=partial(self.marker.on, "run for the first time"),
         )
@@ -85,24 +85,24 @@ class Judge:
     @cached_property
     def accuracy(self) -> Sequence[Accuracy]:
         """How accurate each result can be."""
-        return accuracies(self.task.jaxpr)
+        return accuracies(self.request.jaxpr)
 
     @cached_property
     def original(self) -> Compiled:
         """The original, compiled as the user told."""
-        task = self.task
+        request = self.request
 
         def replay(*flat: Any) -> list[Any]:
-            return eval_equations(task.original, flat)  # frozen or not, every time all of it
+            return eval_equations(request.original, flat)  # frozen or not, every time all of it
 
-        return compile_in(task.context, replay, task.shapes, task.told)
+        return compile_in(request.context, replay, request.shapes, request.told)
 
     @cached_property
     def trial_arguments(self) -> Sequence[Any]:
         """What the two functions are compared on: the caller's own arguments where they tell something, or made-up
         ones."""
-        given = [] if self.task.args is None else [self.task.args]
-        drawn = () if needs_real_arguments(self.task.jaxpr) else draws(self.task.shapes)
+        given = [] if self.request.args is None else [self.request.args]
+        drawn = () if needs_real_arguments(self.request.jaxpr) else draws(self.request.shapes)
         return liveliest(self.original, itertools.chain(given, drawn))
 
     def _rewritten(self, plan: Plan) -> tuple[Compiled, Split | None]:
@@ -112,20 +112,20 @@ class Judge:
             return self._compiled(plan)
 
     def _compiled(self, plan: Plan) -> tuple[Compiled, Split | None]:
-        task, function, shapes = self.task, retrace(self.task.jaxpr, plan), self.task.shapes
-        if not any(task.frozen):
-            return compile_in(task.context, function, shapes, self.compiler_options), None
-        split = Split.of(flattened(function, shapes, expand=task.context == "entry"), task.frozen)
+        request, function, shapes = self.request, retrace(self.request.jaxpr, plan), self.request.shapes
+        if not any(request.frozen):
+            return compile_in(request.context, function, shapes, self.compiler_options), None
+        split = Split.of(flattened(function, shapes, expand=request.context == "entry"), request.frozen)
         held, rest = split.sides(shapes)
-        unreal = task.args is None or task.not_to_be_run
+        unreal = request.args is None or request.not_to_be_run
         kept = jax.eval_shape(split.prepare, held) if unreal else split.prepare(held)
-        compiled = compile_in(task.context, split.run, (*kept, *rest), self.compiler_options)
-        return replace(compiled, takes=tuple(i for i, held in enumerate(task.frozen) if not held)), split
+        compiled = compile_in(request.context, split.run, (*kept, *rest), self.compiler_options)
+        return replace(compiled, takes=tuple(i for i, held in enumerate(request.frozen) if not held)), split
 
     def _untried(self, plan: Plan, why: str, seen: bool) -> Verdict:
         """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
         been seen to be right by itself."""
         seen = seen or plan.trivial
-        kept = seen and (plan.predicted_ns < plan.written_ns or self.task.folded)
+        kept = seen and (plan.predicted_ns < plan.written_ns or self.request.folded)
         reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
         return Verdict(kept=kept, reason=reason, cause="untried")

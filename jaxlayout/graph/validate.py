@@ -28,7 +28,7 @@ def located(jaxpr: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
             yield from located(body.jaxpr, (*here, b))
 
 
-def check_fit(jaxpr: Any, plan: Plan, *, relaxed: bool = True) -> None:
+def check_plan(jaxpr: Any, plan: Plan, *, relaxed: bool = True) -> None:
     """Raise ValueError, naming the equation, where a plan says what cannot be of this program. `relaxed`: it may have
     lowerings of relaxed numerics."""
     equations = dict(located(jaxpr)) if plan.choices else {}
