@@ -28,7 +28,7 @@ from jax.experimental.layout import Format, Layout
 
 import jaxlayout
 from jaxlayout import AutoLayout, Options, auto_layout
-from jaxlayout.api import decorator as api
+from jaxlayout.api import tuner
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.program import equations
 
@@ -500,7 +500,7 @@ def test_errors_of_the_function_are_its_own():
 def given(monkeypatch):
     """What each tuning was given to judge on."""
     calls = []
-    real = api.decide
+    real = tuner.decide
 
     def decide(jaxpr, args, options, **kwargs):
         calls.append(args)
@@ -510,7 +510,7 @@ def given(monkeypatch):
             assert all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in args)
         return real(jaxpr, args, options, **kwargs)
 
-    monkeypatch.setattr(api, "decide", decide)
+    monkeypatch.setattr(tuner, "decide", decide)
     return calls
 
 
@@ -777,7 +777,7 @@ from functools import partial
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxlayout import auto_layout
-from jaxlayout.api import decorator as api
+from jaxlayout.api import tuner
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 from jaxlayout.table.measurement import Measurement
@@ -790,8 +790,8 @@ def measure(jobs, **_):
                     runs=9, error=0.0, temp_bytes=0, program="") for name in (written, *others)}
 
 pipeline.measure = measure
-devices, real = [], api.decide
-api.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
+devices, real = [], tuner.decide
+tuner.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
 
 def conv(x, k):
     return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))

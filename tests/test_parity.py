@@ -28,7 +28,7 @@ from test_api import K, X, close, conv, is_tuned, normal
 
 import jaxlayout
 from jaxlayout import auto_layout
-from jaxlayout.api import decorator as api
+from jaxlayout.api import tuner
 from jaxlayout.flax import linen as flax_linen
 from jaxlayout.flax import nnx as flax_nnx
 from jaxlayout.measure.turns import NoTurn
@@ -493,7 +493,7 @@ def test_it_is_traced_once_where_there_is_no_turn_to_measure(monkeypatch):
     def decide(*_: Any, **__: Any) -> Any:
         raise NoTurn("somebody is timing")
 
-    monkeypatch.setattr(api, "decide", decide)
+    monkeypatch.setattr(tuner, "decide", decide)
     fun, seen = counted()
     f = auto_layout(fun)
     close([f(X), f(X)], [conv(X, K)] * 2)

@@ -38,8 +38,8 @@ def fold(jaxpr: Any, frozen: Sequence[bool], args: Sequence[Any]) -> Any:
     """The closed jaxpr with every chain of scales and shifts that can be folded; the same object if none can.
 
     `frozen`: which arguments are invariant. `args`: flat arguments or tracers, for their types. Left alone: chains of
-    one shift, convolutions whose result is used elsewhere too, those whose kernel is coarser than their result, and chains
-    past the point where they are finer or coarser than the convolution itself.
+    one shift, convolutions whose result is used elsewhere too, those whose kernel is coarser than their result, and
+    chains past the point where they are finer or coarser than the convolution itself.
     """
     with under(TRACED):
         chains = _chains(jaxpr, frozen)
