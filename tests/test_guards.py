@@ -50,7 +50,7 @@ from jaxlayout.runtime.progress import Silent
 from jaxlayout.runtime.threads import apart
 from jaxlayout.runtime.timing import Paired
 from jaxlayout.table.table import ENVIRONMENT
-from jaxlayout.tuning import pipeline, stores
+from jaxlayout.tuning import model, pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.tuning.options import Options
 from jaxlayout.verify.accept import Comparison, Verdict, accept, compare, draws, liveliest
@@ -188,7 +188,8 @@ BAD: list[tuple[type[Toy], str, str]] = [
 
 @pytest.mark.parametrize(("lowering", "status", "detail"), BAD, ids=lambda x: getattr(x, "__name__", ""))
 def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, status, detail):
-    monkeypatch.setattr(pipeline, "available_memory", lambda device: 1 << 20)
+    for stage in (pipeline, model):
+        monkeypatch.setattr(stage, "available_memory", lambda device: 1 << 20)
     monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
     monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": lowering(), "xla": lowerings()["xla"]})
     used: list[str] = []
@@ -214,7 +215,8 @@ def test_what_did_not_fit_is_measured_where_there_is_room(monkeypatch):
     rooms = [(1 << 20, jnp.tanh, "memory", True), (1 << 20, jnp.sin, "memory", False), (None, jnp.cos, "ok", True)]
     with registered(Hungry()):
         for room, function, status, anew in rooms:
-            monkeypatch.setattr(pipeline, "available_memory", lambda device, room=room: room)
+            for stage in (pipeline, model):
+                monkeypatch.setattr(stage, "available_memory", lambda device, room=room: room)
             asked.clear()
             auto_layout(lambda x, k, function=function: function(conv(x, k)), verdict=False)(X, K)
             assert bool(asked) == anew
@@ -1006,7 +1008,8 @@ def test_a_plan_is_saved_loaded_and_pinned(forced, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline.Pipeline, "judge", no_measuring)
     pinned = auto_layout(conv, plan=plan)
     with monkeypatch.context() as no_table:
-        no_table.setattr(pipeline, "open_table", no_measuring)
+        for stage in (pipeline, model, stores):
+            no_table.setattr(stage, "open_table", no_measuring)
         assert str(pinned.trace(X, K).jaxpr) == str(f.trace(X, K).jaxpr)
         np.testing.assert_array_equal(pinned(X, K), f(X, K))
         assert pinned.outcome(X, K).source == "pinned" and pinned.outcome(X, K).kept
