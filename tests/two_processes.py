@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxlayout import auto_layout, tune
-from jaxlayout.api.decorator import processes
+from jaxlayout.api import processes
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning import pipeline
 from tests.on_devices import PARAMS, X, Y, close, net, step
