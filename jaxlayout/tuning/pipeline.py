@@ -189,7 +189,7 @@ class Pipeline:
         choices |= {"spans": True} if request.spans else {}
         lowered = options_set(LOWERED)
         environment = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
-        self.plans = PlanStore(self.table, environment, self.key, self.options, self.check)
+        self.plans = PlanStore(self.table, environment, self.key, self.options)
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
         self.marker = Marker.of(self.table.asked, environment, self.key.function)
         if without is None:
@@ -203,7 +203,7 @@ class Pipeline:
 
     def stored(self) -> Outcome | None:
         """What was decided before, if anything."""
-        found = self.plans.load()
+        found = self.plans.load(self.check)
         return found and replace(found, folded=self.request.folded)
 
     def check(self, outcome: Outcome) -> None:

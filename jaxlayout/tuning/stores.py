@@ -52,13 +52,12 @@ class PlanStore:
     environment: str
     key: ProgramKey
     options: Options
-    check: Callable[[Outcome], None]
-    """Raises ValueError where an outcome is not of this very program, or cannot be had here."""
 
-    def load(self) -> Outcome | None:
-        """What was decided before, if anything."""
+    def load(self, check: Callable[[Outcome], None]) -> Outcome | None:
+        """What was decided before, if anything. `check`: raises ValueError for an outcome that is not of this very
+        program, or cannot be had here."""
         text = self.table.load_plan(self.environment, self.key.function)
-        found = None if text is None else self._parsed(text, self.check)
+        found = None if text is None else self._parsed(text, check)
         return _provisional.get(self.place) if found is None else replace(found, source="stored")
 
     def store(self, outcome: Outcome) -> None:
