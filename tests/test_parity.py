@@ -14,7 +14,7 @@ import re
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import cloudpickle
 import jax
@@ -27,8 +27,9 @@ from jax.experimental import buffer_callback, io_callback, jet, roofline
 from test_api import K, X, close, conv, is_tuned, normal
 
 import jaxlayout
-from jaxlayout import auto_layout
+from jaxlayout import Options, auto_layout
 from jaxlayout.api import tuner
+from jaxlayout.api.keywords import JitKeywords, Keywords, OptionKeywords
 from jaxlayout.flax import linen as flax_linen
 from jaxlayout.flax import nnx as flax_nnx
 from jaxlayout.measure.turns import NoTurn
@@ -272,6 +273,12 @@ def ends(run: Callable[[], Any]) -> str:
     except Exception as error:
         return shown(error)
     return "well"
+
+
+def test_editors_know_every_keyword():
+    assert get_type_hints(OptionKeywords) == get_type_hints(Options)
+    assert JitKeywords.__annotations__.keys() == inspect.signature(jax.jit).parameters.keys() - {"fun"}
+    assert Keywords.__annotations__.keys() == OptionKeywords.__annotations__.keys() | JitKeywords.__annotations__.keys()
 
 
 @pytest.mark.parametrize("name", inspect.signature(jax.jit).parameters)

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import jax
 from jax.core import Tracer
 
 from jaxlayout.api.frozen import Frozen
+from jaxlayout.api.keywords import Keywords
 from jaxlayout.api.tuner import Tuner
 from jaxlayout.api.wrapped import (
     NOT_NESTED,
@@ -60,9 +61,13 @@ _OPTIONS = tuple(field.name for field in fields(Options))
 
 
 @overload
-def auto_layout(fun: Callable[..., Any], /, *, plan: Plan | None = None, **keywords: Any) -> AutoLayout: ...
+def auto_layout(
+    fun: Callable[..., Any], /, *, plan: Plan | None = None, **keywords: Unpack[Keywords]
+) -> AutoLayout: ...
 @overload
-def auto_layout(*, plan: Plan | None = None, **keywords: Any) -> Callable[[Callable[..., Any]], AutoLayout]: ...
+def auto_layout(
+    *, plan: Plan | None = None, **keywords: Unpack[Keywords]
+) -> Callable[[Callable[..., Any]], AutoLayout]: ...
 def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any) -> Any:
     """Compile a function with `jax.jit`, its convolutions in the layouts and forms that are fastest here.
 
