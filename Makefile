@@ -9,7 +9,7 @@ VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead noise races table remote plot
 
-.PHONY: demo test fuzz lint typecheck bench corpus notebooks clean
+.PHONY: demo test fuzz lint format typecheck bench corpus notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -31,8 +31,13 @@ FUZZ ?= 10
 fuzz: $(VENV)/installed-test  ## drawn programs, 4 x FUZZ times as many as in the suite and others each time, and accuracy, compiled as users have it
 	FUZZ=$(FUZZ) $(RUN) pytest -n 2 --timeout 7200 -o faulthandler_timeout=7260 $(addprefix tests/test_,$(addsuffix .py,fuzz retrace transformations solve lowerings relaxed_lowerings crossing primitive layout accuracy extremes)) --hypothesis-show-statistics $(ARGS)
 
-lint: $(VENV)/installed-test
+lint: $(VENV)/installed-test  ## rules and format; `make format` mends both
 	$(RUN) ruff check
+	$(RUN) ruff format --check
+
+format: $(VENV)/installed-test
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
 
 # pyright runs on Node.js, which its package fetches where there is none. Where that fails, the rest goes on.
 typecheck: $(VENV)/installed-test

@@ -389,6 +389,7 @@ class Pipeline:
         """`Judge.verdict`."""
         return self.verifier.verdict(plan, seen=self.complete)
 
+
 def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
     """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""
     if plan.compiler_options not in ({}, *known):
