@@ -15,7 +15,7 @@ BENCHES := networks lowerings training scenarios forms overhead noise races tabl
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
 	$(RUN) bench.demo $(ARGS)
 
-bench: $(VENV)/installed-bench  ## every figure of the README but PyTorch's, and a picture of each table: hours
+bench: $(VENV)/installed-bench  ## every figure of docs/results.md but PyTorch's, and a picture of each table: hours
 	for name in $(BENCHES); do $(RUN) bench.$$name || exit; done
 
 corpus: $(VENV)/installed-corpus  ## many functions, of other packages too: ratio, error, memory and compile time of each
