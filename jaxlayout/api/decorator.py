@@ -12,10 +12,10 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Unpack, overload
 
 import jax
@@ -109,8 +109,11 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
 
 @dataclass(slots=True)
 class _Call:
-    """A call under way, as the body sees it where the shapes are new. It cannot be handed over: jit calls the body."""
+    """A call, to be entered for as long as it is under way: the body sees it where the shapes are new. It cannot be
+    handed over, as jit calls the body."""
 
+    calls: threading.local
+    """Where the body looks for it."""
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     executor: Executor | None = None
@@ -118,13 +121,27 @@ class _Call:
     """Whether the arguments are for the judge, and the function runs."""
     first: FirstRun | None = None
     """What has to be told of its run, where that may take the process down."""
+    outer: _Call | None = field(init=False)
+    """The one that this one is made in."""
+
+    def __enter__(self) -> _Call:
+        self.outer = getattr(self.calls, "under_way", None)
+        self.calls.under_way = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.first is not None:
+            self.first.over()
+        self.calls.under_way = self.outer
 
     def given(self, tree: Any, places: Sequence[int]) -> list[Any] | None:
         """The leaves at some places of the arguments, arrays or mere shapes; None where it is of another structure, or
         some are traced (under grad and vmap)."""
         leaves, found_tree = jax.tree.flatten((self.args, self.kwargs))
-        found = [leaves[i] for i in places] if found_tree == tree else []
-        return None if found_tree != tree or any(isinstance(x, Tracer) for x in found) else found
+        if found_tree != tree:
+            return None
+        found = [leaves[i] for i in places]
+        return None if any(isinstance(x, Tracer) for x in found) else found
 
 
 class AutoLayout:
@@ -151,18 +168,12 @@ class AutoLayout:
         if not at_top_level():
             known_elsewhere()
             return (self._nested if am_i_under_a_jit() else self._traced)(*args, **kwargs)
-        calls, outer = self._calls, getattr(self._calls, "under_way", None)  # `_calling`, but it takes half as long
-        calls.under_way = call = _Call(args, kwargs)
-        try:
+        with _Call(self._calls, args, kwargs) as call:
             out = self._decided(lambda jitted: jitted(*args, **kwargs), args, kwargs)
             if call.first is not None:
                 jax.block_until_ready(out)
                 call.first.returned()
             return out
-        finally:
-            if call.first is not None:
-                call.first.over()
-            calls.under_way = outer
 
     def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What such a call runs. JAX traces anew for other shapes, not for arrays that lie otherwise among devices."""
@@ -221,23 +232,13 @@ class AutoLayout:
 
     def trace(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).trace`: the tuned function, traced. Arrays or `jax.ShapeDtypeStruct`."""
-        with self._calling(_Call(args, kwargs, run=False)):
+        with _Call(self._calls, args, kwargs, run=False):
             return self._decided(lambda jitted: jitted.trace(*args, **kwargs), args, kwargs)
 
     def lower(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).lower`: the tuned function, lowered."""
-        with self._calling(_Call(args, kwargs, run=False)):
+        with _Call(self._calls, args, kwargs, run=False):
             return self._decided(lambda jitted: jitted.lower(*args, **kwargs), args, kwargs)
-
-    @contextmanager
-    def _calling(self, call: _Call) -> Iterator[_Call]:
-        """Lets the body see what it is called with, where the function itself does not run."""
-        outer = getattr(self._calls, "under_way", None)  # that this one is made in
-        self._calls.under_way = call
-        try:
-            yield call
-        finally:
-            self._calls.under_way = outer
 
     def _decided(self, run: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What `run` gives of the jit for such a call, once the compiler options are settled; of plain `jax.jit` where
@@ -283,7 +284,7 @@ class AutoLayout:
         """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
         that, the arguments where they are real, and their shardings."""
         seen: list[tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]] = []
-        with self._calling(_Call(args, kwargs, executor)), jax.disable_jit(False):
+        with _Call(self._calls, args, kwargs, executor), jax.disable_jit(False):
             jax.jit(self._body("entry", seen.append), **self._tuner.told).trace(*args, **kwargs)
         return seen[0]
 
