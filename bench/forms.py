@@ -123,8 +123,8 @@ def contenders_of(fun: Any, args: tuple[Any, ...], table: str | None, budget: fl
         "auto_entry": auto_entry(fun, args),
         "channels_last": if_kept(last),
         "channels_first": under(channels_first_plan(jaxpr)),
-        "layouts": under(restricted_plan(jaxpr, table, lambda way, _: way.lowering == "xla")),
-        "lowerings": under(restricted_plan(jaxpr, table, lambda way, written: way.dims == written.dims)),
+        "layouts": under(restricted_plan(jaxpr, table, lambda candidate, _: candidate.lowering == "xla")),
+        "lowerings": under(restricted_plan(jaxpr, table, lambda candidate, written: candidate.dims == written.dims)),
         "auto_layout": if_kept(tuned),
     }
 

@@ -78,24 +78,28 @@ def forms(name: str, lowerings: bool) -> Iterator[tuple[ConvSignature, Candidate
     images, kernel = (jax.ShapeDtypeStruct(shape, np.float32) for shape in (lhs, rhs))
     conv = ConvSignature.of(images, kernel, params)
     if lowerings:
-        ways = candidates(conv, Candidate("xla", written), relaxed=True)
-        ours = (way for way in ways if way.lowering != "xla")
-        yield from ((conv, way) for way in ours if lowering_named(way.lowering).divisible(conv, way.dims))
+        found = candidates(conv, Candidate("xla", written), relaxed=True)
+        ours = (candidate for candidate in found if candidate.lowering != "xla")
+        yield from (
+            (conv, candidate)
+            for candidate in ours
+            if lowering_named(candidate.lowering).divisible(conv, candidate.dims)
+        )
     elif len(lhs) == 4:
         yield from ((conv, Candidate("xla", ConvDimensionNumbers.parse(dims))) for dims in (*ALIKE, *OTHERS))
 
 
-def wrong(conv: ConvSignature, way: Candidate, pairs: Any) -> Iterator[tuple[str, str, str]]:
+def wrong(conv: ConvSignature, candidate: Candidate, pairs: Any) -> Iterator[tuple[str, str, str]]:
     """Pairs of axes along which lhs and rhs are divided, and what is wrong then; '' for nothing."""
     mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    written, dims = ConvDimensionNumbers.parse(WRITTEN[conv.rank]), way.dims
+    written, dims = ConvDimensionNumbers.parse(WRITTEN[conv.rank]), candidate.dims
     random = np.random.default_rng(0)
     lhs, rhs = (random.integers(-3, 4, shape) for shape in (conv.lhs_shape(written.lhs), conv.rhs_shape(written.rhs)))
     lhs = jnp.transpose(lhs.astype("f"), dims.lhs.permutation_from(written.lhs))
     rhs = jnp.transpose(rhs.astype("f"), dims.rhs.permutation_from(written.rhs))
 
     def run(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return evaluate(way.lowering, conv, dims, lhs, rhs)
+        return evaluate(candidate.lowering, conv, dims, lhs, rhs)
 
     expected = lax.conv_general_dilated(lhs, rhs, dimension_numbers=dims.to_lax(), **conv.params)
     for one, two in pairs:
@@ -118,11 +122,11 @@ def main(argv: list[str] | None = None) -> int:
     pairs = FEW if lowerings else list(itertools.product(("", "N", "C", "H", "W"), ("", "O", "I", "H", "W")))[1:]
     tried = bad = 0
     for name in KINDS:
-        for conv, way in forms(name, lowerings):
-            for one, two, what in wrong(conv, way, pairs):
+        for conv, candidate in forms(name, lowerings):
+            for one, two, what in wrong(conv, candidate, pairs):
                 tried, bad = tried + 1, bad + bool(what)
                 if what:
-                    print(f"{name}: {way}, lhs by {one or '-'}, rhs by {two or '-'}: {what}", flush=True)
+                    print(f"{name}: {candidate}, lhs by {one or '-'}, rhs by {two or '-'}: {what}", flush=True)
     print(f"jax {jax.__version__}: {bad} of {tried} wrong")
     return 0
 

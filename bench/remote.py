@@ -55,8 +55,8 @@ def convolution(features: int) -> Job:
 
     x, k = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((1, features, 8, 8), (4, features, 3, 3)))
     signature = ConvSignature.of(x, k, jax.make_jaxpr(conv)(x, k).eqns[0].params)
-    ways = candidates(signature, Candidate.parse(f"xla:{DIMS}"))
-    return conv_job(signature, [way for way in ways if way.lowering == "xla"])
+    found = candidates(signature, Candidate.parse(f"xla:{DIMS}"))
+    return conv_job(signature, [candidate for candidate in found if candidate.lowering == "xla"])
 
 
 def convolutions(count: int) -> list[Job]:

@@ -276,16 +276,16 @@ def check_the_guard():
     args = HERE[0]["depthwise"], jax.device_put(normal(8, 16, 8, 16, 16), ROWS)
     global FAVOURITES
     FAVOURITES = ("rows",)
-    offered = build.in_turn
+    offered = build.batch_sequential
     try:
         for hides, cause in ((lambda name: False, "collectives"), (offered, "untried")):
-            build.in_turn = hides
+            build.batch_sequential = hides
             stores._tables.clear()
             verdict = auto_layout(gradient, table=":memory:", **OPTIONS).outcome(*args).verdict
             assert verdict.cause == cause, verdict
             assert verdict.kept == (cause == "untried"), verdict
     finally:
-        build.in_turn = offered
+        build.batch_sequential = offered
 
 
 if __name__ == "__main__":

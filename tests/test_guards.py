@@ -47,7 +47,7 @@ from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, Lay
 from jaxlayout.measure.jobs import TOLERANCE, compile_in
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.progress import Silent
-from jaxlayout.runtime.threads import apart
+from jaxlayout.runtime.threads import in_own_thread
 from jaxlayout.runtime.timing import Paired
 from jaxlayout.table.table import ENVIRONMENT
 from jaxlayout.tuning import model, pipeline, stores
@@ -973,7 +973,7 @@ def test_whatever_a_signals_handler_raises_ends_tuning():
     handler = signal.signal(signal.SIGALRM, ring)
     try:
         with pytest.raises(Late):
-            apart(work)
+            in_own_thread(work)
     finally:
         signal.signal(signal.SIGALRM, handler)
     assert ended == [True]

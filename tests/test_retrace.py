@@ -759,8 +759,8 @@ def test_a_plan_that_does_not_fit_is_refused():
 # Fusion
 
 
-@pytest.mark.parametrize(("activation", "sealed"), [(jax.nn.silu, True), (jnp.tanh, True), (jax.nn.relu, False)])
-def test_what_is_costly_is_computed_before_a_convolution_that_reads_it_often(activation, sealed):
+@pytest.mark.parametrize(("activation", "materialised"), [(jax.nn.silu, True), (jnp.tanh, True), (jax.nn.relu, False)])
+def test_what_is_costly_is_computed_before_a_convolution_that_reads_it_often(activation, materialised):
     def depthwise(x: Any, k: Any) -> Any:
         return lax.conv_general_dilated(
             x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=x.shape[-1]
@@ -775,8 +775,8 @@ def test_what_is_costly_is_computed_before_a_convolution_that_reads_it_often(act
     graph = build_graph(jaxpr, lambda conv, written: [written, Candidate("shifted", dims)])
     plan = plan_of(graph, [node.modes[-1] if node.conv else node.modes[0] for node in graph.nodes])
     chosen = [e.params["lowering"] for e in equations(retraced(jaxpr, plan)) if e.primitive is tuned_conv_p]
-    assert chosen == ["shifted", "sealed/shifted" if sealed else "shifted"]
-    small = retraced(jaxpr, dataclasses.replace(plan, sealed_bytes=args[0].nbytes - 1))
+    assert chosen == ["shifted", "materialised/shifted" if materialised else "shifted"]
+    small = retraced(jaxpr, dataclasses.replace(plan, materialised_bytes=args[0].nbytes - 1))
     assert {e.params["lowering"] for e in equations(small) if e.primitive is tuned_conv_p} == {"shifted"}
     found, wanted = jax.jit(single(jaxpr, plan))(*args), jax.jit(program)(*args)
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-4)

@@ -593,7 +593,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
     (("plan", "compiler_options"), ["xla_dump_to"], "not a plan"),
     (("plan", "predicted_ns"), float("nan"), "predicted_ns is nan"),
     (("plan", "written_ns"), 10**400, "written_ns is a huge integer"),
-    (("plan", "sealed_bytes"), "1", "sealed_bytes is '1'"),
+    (("plan", "materialised_bytes"), "1", "materialised_bytes is '1'"),
     (("verdict", "kept"), "yes", "kept is 'yes'"),
     (("verdict", "ratio"), "2", "ratio is '2'"),
     (("verdict", "pairs"), -1, "pairs is -1"),

@@ -35,7 +35,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.signature import written_order
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.program import count_transposes, equations
-from jaxlayout.graph.sequence import _alone, _moved, _ways
+from jaxlayout.graph.sequence import _alone, _moved, _offered
 from jaxlayout.graph.solve import RELUCTANCE, solve
 
 IMAGES = ["NCW", "NWC", "NCHW", "NHWC", "CHWN", "HWCN", "NCDHW", "NDHWC", "CDHWN", "DHWCN", "CWN", "WCN"]
@@ -510,10 +510,12 @@ def test_a_chain_is_a_special_case_of_the_graph(drawn, policy):
     chosen = select_layout_for_sequence(ops, policy, written=written)
     least = believed_ns(ops, chosen, policy, written)
     if len(ops) <= 3:
-        every = itertools.product(*(_ways(op, policy, written) for op in ops))
+        every = itertools.product(*(_offered(op, policy, written) for op in ops))
         assert least == pytest.approx(min(believed_ns(ops, one, policy, written) for one in every), rel=1e-9)
 
-    graph = build_graph(jaxpr, lambda conv, as_is: [Candidate("xla", dims) for dims in _ways(conv, policy, as_is.dims)])
+    graph = build_graph(
+        jaxpr, lambda conv, as_is: [Candidate("xla", dims) for dims in _offered(conv, policy, as_is.dims)]
+    )
 
     def site_ns(node: Any, mode: Any) -> float:
         conv = node.conv

@@ -31,8 +31,8 @@ from jaxlayout.api.wrapped import (
     is_jitted,
     jit_settings,
     program_of,
+    stated_shardings,
     take_after,
-    told_shardings,
 )
 from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
@@ -80,7 +80,7 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
     as it is.
 
     Args:
-      fun: a function, or one already compiled by `jax.jit` or `auto_layout`, which keeps what that was told.
+      fun: a function, or one already compiled by `jax.jit` or `auto_layout`, which keeps its keywords.
       plan: a plan made elsewhere (see `AutoLayout.plan`, `Plan.load`), used without measuring or judging.
       keywords: any keyword of `jax.jit`, and any field of `Options`.
 
@@ -120,7 +120,7 @@ class _Call:
     run: bool = True
     """Whether the arguments are for the judge, and the function runs."""
     first: FirstRun | None = None
-    """What has to be told of its run, where that may take the process down."""
+    """The record of its first run, where that may take the process down."""
     outer: _Call | None = field(init=False)
     """The one that this one is made in."""
 
@@ -148,11 +148,11 @@ class AutoLayout:
     """A function under `auto_layout`. Called like the function that it wraps."""
 
     def __init__(self, fun: Callable[..., Any], options: Options, pinned: Plan | None, jit: dict[str, Any]):
-        bare, told = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
+        bare, jit_keywords = (fun.__wrapped__, jit_settings(fun)) if is_jitted(fun) else (fun, jit)
         weakref.ref(bare)  # so JAX knows functions; of one that cannot be known so it takes the process down
         theirs = getattr(bare, "__dict__", {}).items()  # first: what is ours wins
         self.__dict__.update({name: value for name, value in theirs if not hasattr(AutoLayout, name)})
-        self._tuner = Tuner(bare, told, options, pinned)
+        self._tuner = Tuner(bare, jit_keywords, options, pinned)
         take_after(self, self._tuner.source)
         self.__wrapped__: Callable[..., Any] = fun
         self.options = options
@@ -160,9 +160,11 @@ class AutoLayout:
         self.jit = jit
         self._calls = threading.local()
         self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
-        self._traced: Any = jax.jit(self._body("entry"), **told)
-        self._nested: Any = jax.jit(self._body("nested"), **{k: v for k, v in told.items() if k not in NOT_NESTED})
-        self._plain: Any = jax.jit(bare, **told)
+        self._traced: Any = jax.jit(self._body("entry"), **jit_keywords)
+        self._nested: Any = jax.jit(
+            self._body("nested"), **{k: v for k, v in jit_keywords.items() if k not in NOT_NESTED}
+        )
+        self._plain: Any = jax.jit(bare, **jit_keywords)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
@@ -187,7 +189,7 @@ class AutoLayout:
         return self._placed[key]
 
     def _compile_with(self, options: Mapping[str, str] | None) -> None:
-        """Make what calls run, with some compiler options beside those that the user told (None: not decided yet).
+        """Make what calls run, with some compiler options beside the user's (None: not decided yet).
 
         One jit serves all shapes, for the sake of its fast calls. So the first program that is planned decides, and one
         that would rather do without decides against them for good.
@@ -197,10 +199,10 @@ class AutoLayout:
         self._placed: dict[Any, Any] = {}  # others, by the placements of the arguments
 
     def _jitted(self) -> Any:
-        told = dict(self._tuner.told)
+        jit_keywords = dict(self._tuner.jit_keywords)
         if self._options:
-            told["compiler_options"] = {**(told.get("compiler_options") or {}), **self._options}
-        return jax.jit(self._body("entry", decides=True), **told)
+            jit_keywords["compiler_options"] = {**(jit_keywords.get("compiler_options") or {}), **self._options}
+        return jax.jit(self._body("entry", decides=True), **jit_keywords)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else types.MethodType(self, instance)
@@ -212,8 +214,8 @@ class AutoLayout:
         return self  # as a function is
 
     def __reduce__(self) -> Any:
-        tuner, is_jit = self._tuner, is_jitted(self.__wrapped__)  # which forgets what it was told where it is pickled
-        return _again, (tuner.fun, tuner.told if is_jit else None, self.options, self.pinned, self.jit)
+        tuner, is_jit = self._tuner, is_jitted(self.__wrapped__)  # which loses its keywords where it is pickled
+        return _again, (tuner.fun, tuner.jit_keywords if is_jit else None, self.options, self.pinned, self.jit)
 
     def __repr__(self) -> str:
         return f"auto_layout({self.__wrapped__!r})"
@@ -285,7 +287,7 @@ class AutoLayout:
         that, the arguments where they are real, and their shardings."""
         seen: list[tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]] = []
         with _Call(self._calls, args, kwargs, executor), jax.disable_jit(False):
-            jax.jit(self._body("entry", seen.append), **self._tuner.told).trace(*args, **kwargs)
+            jax.jit(self._body("entry", seen.append), **self._tuner.jit_keywords).trace(*args, **kwargs)
         return seen[0]
 
     def _body(
@@ -308,7 +310,9 @@ class AutoLayout:
                 return jax.tree.unflatten(out_tree, eval_equations(jaxpr, arrays))
             call: _Call | None = getattr(self._calls, "under_way", None) if context == "entry" else None
             given = None if call is None else call.given(tree, places)
-            shardings = None if given is None else placements(given, told_shardings(fun, tuner.told, args, kwargs))
+            shardings = (
+                None if given is None else placements(given, stated_shardings(fun, tuner.jit_keywords, args, kwargs))
+            )
             real = call is not None and given is not None and call.run and all(map(is_real, given))
             concrete = given if real else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):
@@ -333,8 +337,8 @@ class AutoLayout:
                     call.first = first
             if seen is not None:
                 seen((jaxpr, outcome, concrete, shardings))
-            picker = None if decides else tuner.picker_for(outcome)  # under a transformation others may be derived
-            return jax.tree.unflatten(out_tree, retrace(jaxpr, outcome.applied, picker)(*arrays))
+            selector = None if decides else tuner.selector_for(outcome)  # under a transformation others may be derived
+            return jax.tree.unflatten(out_tree, retrace(jaxpr, outcome.applied, selector)(*arrays))
 
         return fun if seen is None and self.options.policy == "off" else StandIn(body, tuner.source)
 
@@ -355,10 +359,14 @@ def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = Non
 
 
 def _again(
-    fun: Callable[..., Any], told: dict[str, Any] | None, options: Options, pinned: Plan | None, jit: dict[str, Any]
+    fun: Callable[..., Any],
+    jit_keywords: dict[str, Any] | None,
+    options: Options,
+    pinned: Plan | None,
+    jit: dict[str, Any],
 ) -> AutoLayout:
-    """A function under `auto_layout` that has been pickled. `told`: what its jit was, where it was jitted already."""
-    return AutoLayout(fun if told is None else jax.jit(fun, **told), options, pinned, jit)
+    """A function under `auto_layout` that has been pickled. `jit_keywords`: of its jit, where it was jitted already."""
+    return AutoLayout(fun if jit_keywords is None else jax.jit(fun, **jit_keywords), options, pinned, jit)
 
 
 class _CompileWith(Exception):

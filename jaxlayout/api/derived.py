@@ -18,7 +18,7 @@ from jaxlayout.graph.rules import is_placed
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.nesting import inside
 from jaxlayout.runtime.progress import progress_bar
-from jaxlayout.runtime.threads import apart
+from jaxlayout.runtime.threads import in_own_thread
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.pipeline import TableMiss, choose
 
@@ -27,8 +27,8 @@ logger = logging.getLogger("jaxlayout")
 
 @dataclass(frozen=True)
 class Measured:
-    """A `Picker` that goes by the cost table, and measures what it lacks. Derived convolutions may end up in a loop,
-    which lowering does not tell, so their costs are those of a nested computation."""
+    """A `LoweringSelector` that goes by the cost table, and measures what it lacks. Derived convolutions may end up in
+    a loop, which lowering does not tell, so their costs are those of a nested computation."""
 
     options: Options
 
@@ -57,7 +57,7 @@ class Measured:
 
         try:
             with jax.enable_x64(wide):
-                return apart(work)
+                return in_own_thread(work)
         except (TableMiss, Warning):
             raise
         except NoTurn as error:

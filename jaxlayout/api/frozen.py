@@ -75,7 +75,7 @@ class _Prepared:
     kept: tuple[jax.Array, ...]
     outcome: Outcome
     first: FirstRun | None
-    """What has to be told of its run, where that may take the process down."""
+    """The record of its first run, where that may take the process down."""
     explanation: Callable[[], Explanation]
     final: bool
     """Whether that serves later calls, too: not where there was no turn to measure."""
@@ -96,7 +96,9 @@ class Frozen:
     def __init__(self, layout: Whole, tuner: Tuner, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """TypeError and ValueError as of `AutoLayout.freeze`. `tuner`: of the function."""
         self._layout, self._tuner = layout, tuner
-        self._told = jit_settings(jax.jit(tuner.fun, **tuner.told))  # all there are, as jit understands them
+        self._jit_keywords = jit_settings(
+            jax.jit(tuner.fun, **tuner.jit_keywords)
+        )  # all there are, as jit understands them
         try:
             self._signature = inspect.signature(tuner.fun)
         except (TypeError, ValueError):  # of what is not written in Python
@@ -239,8 +241,8 @@ class Frozen:
         if context == "entry" and not whole:
             outcome, first = self._tuner.not_fatal(program, outcome)
 
-        picker = self._tuner.picker_for(outcome) if whole else None  # for what is derived from whole ones
-        chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, picker)
+        selector = self._tuner.selector_for(outcome) if whole else None  # for what is derived from whole ones
+        chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, selector)
         expanded = flattened(chosen, arrays, expand=not whole)
         split = Split.of(expanded, frozen)
         if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the judge has seen what it needs
@@ -260,12 +262,12 @@ class Frozen:
 
         run.__name__ = run.__qualname__ = self._tuner.name
         wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
-        told = {name: self._told[name] for name in wanted if name in self._told}
+        keywords = {name: self._jit_keywords[name] for name in wanted if name in self._jit_keywords}
         if choose and outcome.plan.compiler_options:
-            told["compiler_options"] = told.get("compiler_options", {}) | dict(outcome.plan.compiler_options)
+            keywords["compiler_options"] = keywords.get("compiler_options", {}) | dict(outcome.plan.compiler_options)
         marks = (self._marked(what, args, kwargs, self._count) for what in ("donate", "static"))
         moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
-        run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **told)
+        run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **keywords)
         seen = device_of(concrete or ()), context, frozen, shardings
         explanation = partial(self._tuner.explained, program, outcome, *seen)
         with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
@@ -277,11 +279,11 @@ class Frozen:
         return (*held, *args), named | kwargs
 
     def _marked(self, what: str, args: tuple[Any, ...], kwargs: dict[str, Any], before: int = 0) -> tuple[bool, ...]:
-        """Of each leaf of some arguments, whether the function's jit was told that the argument is static, or to be
+        """Of each leaf of some arguments, whether its jit has the argument as static, or to be
         donated. `before`: how many positional arguments stand before them."""
         count = before + len(args)
-        numbers = {n % max(1, count) if n < 0 else n for n in self._told[f"{what}_argnums"]}
-        names = self._told[f"{what}_argnames"]
+        numbers = {n % max(1, count) if n < 0 else n for n in self._jit_keywords[f"{what}_argnums"]}
+        names = self._jit_keywords[f"{what}_argnames"]
         marks = tuple(before + i in numbers for i in range(len(args))), {name: name in names for name in kwargs}
         return tuple(jax.tree.leaves(jax.tree.broadcast(marks, (args, kwargs))))
 
@@ -298,12 +300,12 @@ class Frozen:
     def _refuse_options(self) -> None:
         """What cannot be had together with freezing."""
         positional = self._positional()
-        numbers = {n % len(positional) if n < 0 and positional else n for n in self._told["donate_argnums"]}
-        again = [name for name in self._keywords if name in self._told["donate_argnames"]]
+        numbers = {n % len(positional) if n < 0 and positional else n for n in self._jit_keywords["donate_argnums"]}
+        again = [name for name in self._keywords if name in self._jit_keywords["donate_argnames"]]
         again += [positional[n] if n < len(positional) else f"number {n}" for n in numbers if n in range(self._count)]
         if again:
             raise ValueError(f"freeze: argument {again[0]} is donated; frozen, it is needed again in every call")
-        if "in_shardings" in self._told:
+        if "in_shardings" in self._jit_keywords:
             raise ValueError("freeze: of a function with in_shardings; put the arrays where they belong instead")
 
     def _refuse_again(self, count: int, kwargs: dict[str, Any]) -> None:

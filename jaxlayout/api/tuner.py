@@ -20,12 +20,13 @@ from jaxlayout.api.wrapped import traced_once
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import of_arguments, spans_processes
+from jaxlayout.measure.jobs import CompilerOptions
 from jaxlayout.measure.turns import TELL_SECONDS, NoTurn
 from jaxlayout.report import Explanation, explain
 from jaxlayout.runtime._compat import is_array, open_jaxpr
 from jaxlayout.runtime.nesting import inside, within
 from jaxlayout.runtime.progress import progress_bar
-from jaxlayout.runtime.threads import apart, default_device, device_of
+from jaxlayout.runtime.threads import default_device, device_of, in_own_thread
 from jaxlayout.tuning.first_run import FirstRun
 from jaxlayout.tuning.model import cost_model
 from jaxlayout.tuning.options import Options
@@ -37,19 +38,19 @@ logger = logging.getLogger("jaxlayout")
 
 
 class Tuner:
-    """A function, what its jit was told, and the options it is tuned under."""
+    """A function, the keywords of its jit, and the options it is tuned under."""
 
-    def __init__(self, fun: Callable[..., Any], told: Mapping[str, Any], options: Options, pinned: Plan | None):
-        self.fun, self.told, self.options, self.pinned = fun, told, options, pinned
-        self.source = traced_once(fun, told)
+    def __init__(self, fun: Callable[..., Any], jit_keywords: Mapping[str, Any], options: Options, pinned: Plan | None):
+        self.fun, self.jit_keywords, self.options, self.pinned = fun, jit_keywords, options, pinned
+        self.source = traced_once(fun, jit_keywords)
         """The function to be traced: once for the same shapes, whoever asks."""
         self.name: str = getattr(fun, "__name__", "function")
-        self._picker = Measured(options)
+        self._selector = Measured(options)
         self._lock = threading.Lock()
 
     def is_part(self) -> bool:
         """Whether the call is part of something that is being tuned as a whole: then the convolutions are that one's.
-        What this function was told to do without measuring it does there too, but not where candidates are compared."""
+        What this function does without measuring it does there too, but not where candidates are compared."""
         where = inside()
         return where == "tuning" or (where == "traced" and self.options.policy == "auto" and self.pinned is None)
 
@@ -57,16 +58,22 @@ class Tuner:
         """In here what the function calls is part of it. JAX keeps what is traced here apart from what is not."""
         return within("traced") if self.options.policy == "auto" else nullcontext()
 
-    def picker_for(self, outcome: Outcome) -> Measured | None:
+    def selector_for(self, outcome: Outcome) -> Measured | None:
         """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
         left = self.options.policy != "auto" and outcome.source == "none"
-        return None if left else self._picker
+        return None if left else self._selector
+
+    def _compiler_options(self, context: Context) -> CompilerOptions:
+        """The user's, which hold where the function is compiled by itself."""
+        return self.jit_keywords.get("compiler_options") if context == "entry" else None
 
     def not_fatal(self, jaxpr: Any, outcome: Outcome) -> tuple[Outcome, FirstRun | None]:
-        """An outcome, but for a program with what may crash that took a process down, and what has to be told of its
-        first run, if anything."""
-        told, chosen = self.told.get("compiler_options"), outcome.applied
-        first = FirstRun.of(jaxpr, chosen, lambda: proofs_of(self.options, told, chosen.compiler_options))
+        """An outcome, but for a program with what may crash that took a process down, and the record of its first run,
+        where one is kept."""
+        chosen = outcome.applied
+        first = FirstRun.of(
+            jaxpr, chosen, lambda: proofs_of(self.options, self._compiler_options("entry"), chosen.compiler_options)
+        )
         if first is not None and (died := first.died()):
             logger.warning("%s stays as it is: %s", self.name, died)
             return untouched(died, "failure"), None
@@ -100,7 +107,7 @@ class Tuner:
                     None if args is None or spans else _arrays(jaxpr, args, shardings),
                     self.options,
                     context=context,
-                    compiler_options=self.told.get("compiler_options") if context == "entry" else None,
+                    compiler_options=self._compiler_options(context),
                     choose_options=choose_options,
                     pinned=self.pinned,
                     frozen=frozen,
@@ -118,7 +125,7 @@ class Tuner:
         try:
             work = (lambda stop: agreed(partial(decided, stop), stop)) if spans and not decided_alike else decided
             try:
-                return apart(work, device_of(args or ()))
+                return in_own_thread(work, device_of(args or ()))
             except KeyboardInterrupt:
                 kept = "what was measured is kept, and the next call goes on from there"
                 raise KeyboardInterrupt(f"tuning {self.name} was interrupted; {kept}") from None
@@ -147,15 +154,14 @@ class Tuner:
         """The explanation of what `tuned` gave, with the settings it had."""
 
         def work(stop: threading.Event) -> Explanation:
-            told = self.told.get("compiler_options") if context == "entry" else None
-            options = {**(told or {}), **outcome.plan.compiler_options} or None
+            options = {**(self._compiler_options(context) or {}), **outcome.plan.compiler_options} or None
             model = cost_model(self.options, default_device(), context, options)
             divided = of_arguments(jaxpr, shardings or ())
             return explain(
                 jaxpr, outcome, model, name=self.name, relaxed=self.options.relaxed, frozen=frozen, divided=divided
             )
 
-        return apart(work, device)
+        return in_own_thread(work, device)
 
 
 def _arrays(jaxpr: Any, args: Sequence[Any], shardings: Sequence[Any] | None) -> list[Any]:

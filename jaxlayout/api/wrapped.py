@@ -1,4 +1,4 @@
-"""Functions as JAX sees them: of flat arrays; and what one already compiled by `jax.jit` was told."""
+"""Functions as JAX sees them: of flat arrays; and the keywords of one already compiled by `jax.jit`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from jax.experimental.layout import Format
 from jaxlayout.runtime._compat import jit_info, open_jaxpr, unspecified_sharding
 
 
-def traced_once(fun: Callable[..., Any], told: Mapping[str, Any]) -> Any:
-    """`jax.jit` of a function, told which arguments are static and nothing else: to be traced, never to be run. JAX
-    keeps what it traces, so the function itself runs once for the same shapes, whoever asks."""
-    return jax.jit(fun, **{name: told[name] for name in _STATIC if name in told})
+def traced_once(fun: Callable[..., Any], jit_keywords: Mapping[str, Any]) -> Any:
+    """`jax.jit` of a function that knows which arguments are static and nothing else: to be traced, never to be run.
+    JAX keeps what it traces, so the function itself runs once for the same shapes, whoever asks."""
+    return jax.jit(fun, **{name: jit_keywords[name] for name in _STATIC if name in jit_keywords})
 
 
 def take_after(other: Any, jitted: Any) -> None:
@@ -73,16 +73,18 @@ def program_of(
     return jaxpr, arrays, traced.out_tree
 
 
-def told_shardings(
-    fun: Callable[..., Any], told: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+def stated_shardings(
+    fun: Callable[..., Any], jit_keywords: Mapping[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Sequence[Any]:
-    """Where `jax.jit` of a function with keywords `told` puts the leaves of its arguments that are not static, as it
-    says itself: None for what it leaves where it is. Empty where it was told nothing. Inside a trace only."""
+    """Where `jax.jit` of a function with such keywords puts the leaves of its arguments that are not static, as it
+    says itself: None for what it leaves where it is. Empty where they say nothing of it. Inside a trace only."""
     free = unspecified_sharding()
-    if all(sharding is free for sharding in jax.tree.leaves(told.get("in_shardings", free))):
+    if all(sharding is free for sharding in jax.tree.leaves(jit_keywords.get("in_shardings", free))):
         return ()
     nothing = functools.wraps(fun, updated=())(lambda *args, **kwargs: ())
-    probe = jax.jit(nothing, **{name: told[name] for name in ("in_shardings", *_STATIC) if name in told})
+    probe = jax.jit(
+        nothing, **{name: jit_keywords[name] for name in ("in_shardings", *_STATIC) if name in jit_keywords}
+    )
     (eqn,) = jax.make_jaxpr(lambda: probe(*args, **kwargs))().eqns
     return [None if sharding is free else sharding for sharding in eqn.params["in_shardings"]]
 

@@ -92,15 +92,15 @@ def _contenders(fun: Any, options: dict[str, Any]) -> tuple[Callable[..., Any], 
     from jaxlayout import AutoLayout, auto_layout
     from jaxlayout.api.wrapped import is_jitted, jit_settings
 
-    told: dict[str, Any] = {}
+    jit_keywords: dict[str, Any] = {}
     more: dict[str, Any] = {}
     if isinstance(fun, AutoLayout):
         own = {field.name: getattr(fun.options, field.name) for field in dataclasses.fields(fun.options)}
-        fun, told, more, options = fun.__wrapped__, fun.jit, {"plan": fun.pinned}, own | options
+        fun, jit_keywords, more, options = fun.__wrapped__, fun.jit, {"plan": fun.pinned}, own | options
     if is_jitted(fun):
-        fun, told = fun.__wrapped__, jit_settings(fun)
-    told = {name: value for name, value in told.items() if not name.startswith("donate")}
-    return jax.jit(fun, **told), auto_layout(fun, **told, **options, **more)
+        fun, jit_keywords = fun.__wrapped__, jit_settings(fun)
+    jit_keywords = {name: value for name, value in jit_keywords.items() if not name.startswith("donate")}
+    return jax.jit(fun, **jit_keywords), auto_layout(fun, **jit_keywords, **options, **more)
 
 
 def _real(tree: Any) -> Any:

@@ -60,11 +60,11 @@ def variables(environ: Mapping[str, str]) -> Iterator[Finding]:
     """Those of the environment that change what is compiled, how it is timed, or jaxlayout's options."""
     from jaxlayout.tuning.options import Options
 
-    told = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES)}
-    words = ", ".join(f"{name}={value}" for name, value in told.items())
+    variables = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES)}
+    words = ", ".join(f"{name}={value}" for name, value in variables.items())
     yield Finding("variables", "ok", words or "none that matters is set")
     known = {f"JAXLAYOUT_{field.name.upper()}" for field in fields(Options)}
-    if unknown := sorted(name for name in told if name.startswith("JAXLAYOUT_") and name not in known):
+    if unknown := sorted(name for name in variables if name.startswith("JAXLAYOUT_") and name not in known):
         advice = f"The options are {', '.join(sorted(known))}."
         yield Finding("options", "warning", f"no option of jaxlayout: {', '.join(unknown)}", advice)
     try:
@@ -190,9 +190,9 @@ def padding() -> Finding:
 
 def threads(cores: int, environ: Mapping[str, str]) -> Finding:
     """What is told to XLA:CPU of its threads."""
-    told = {name: environ[name] for name in ("PJRT_NPROC", "NPROC") if environ.get(name)}
+    variables = {name: environ[name] for name in ("PJRT_NPROC", "NPROC") if environ.get(name)}
     flags = [flag for flag in environ.get("XLA_FLAGS", "").split() if "thread" in flag or "parallelism" in flag]
-    words = ", ".join([*(f"{name}={value}" for name, value in told.items()), *flags])
+    words = ", ".join([*(f"{name}={value}" for name, value in variables.items()), *flags])
     if words:
         return Finding("threads", "note", f"{words} on {cores} cores", "What is measured holds with these only.")
     other = sorted(name for name in environ if name.startswith("OMP_"))

@@ -28,9 +28,9 @@ _NAMES = {"true": True, "false": False, "null": None}
 def add_target(parser: argparse.ArgumentParser) -> None:
     """The function and its arguments."""
     parser.add_argument("target", metavar="MODULE:FUNCTION", help="the function: package.module:name or file.py:name")
-    ways = parser.add_mutually_exclusive_group()
-    ways.add_argument("--args", nargs="+", default=[], metavar="TYPE", help="its arguments, by their types")
-    ways.add_argument(
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--args", nargs="+", default=[], metavar="TYPE", help="its arguments, by their types")
+    either.add_argument(
         "--args-from",
         metavar="MODULE:FUNCTION",
         help="a function that returns its arguments: (args, kwargs), a tuple and a dictionary",

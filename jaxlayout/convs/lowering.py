@@ -45,7 +45,7 @@ class Lowering(ABC):
     """Whether `prepare` takes the kernel in any order, at no cost that matters: then it stays as it is written."""
     rereads: ClassVar[bool] = False
     """Whether it reads lhs several times in what XLA may fuse with what computes lhs."""
-    in_turn: ClassVar[bool] = False
+    batch_sequential: ClassVar[bool] = False
     """Whether it takes images one after the other, so that each device would need those of all others."""
     convolves: ClassVar[bool] = True
     """Whether there are convolutions of XLA's own in it."""
@@ -142,8 +142,8 @@ class Composite(Lowering):
         """The lowerings worth having inside."""
         names, parts = {"xla": None}, _parts(self.name, conv, dims)
         for part, order in dict.fromkeys(parts) if len(parts) <= MAX_PARTS else ():
-            for way in _registry.values():
-                names |= dict.fromkeys(way.names(part, order, depth - 1))
+            for lowering in _registry.values():
+                names |= dict.fromkeys(lowering.names(part, order, depth - 1))
         return tuple(names)
 
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
@@ -237,9 +237,9 @@ def rereads(name: str) -> bool:
     return any(lowering_named(part).rereads for part in name.split("/"))
 
 
-def in_turn(name: str) -> bool:
+def batch_sequential(name: str) -> bool:
     """Whether a lowering, or one inside it, takes images one after the other."""
-    return any(lowering_named(part).in_turn for part in name.split("/"))
+    return any(lowering_named(part).batch_sequential for part in name.split("/"))
 
 
 def may_crash(name: str) -> bool:

@@ -31,7 +31,7 @@ CONVOLUTIONS = frozenset({conv_general_dilated_p, tuned_conv_p})
 """The primitives that are convolution sites."""
 
 
-class Picker(Protocol):
+class LoweringSelector(Protocol):
     """Chooses the way to compute a derived convolution. Hashable: equal ones choose alike."""
 
     def __call__(
@@ -41,7 +41,7 @@ class Picker(Protocol):
         ...
 
 
-_OURS = ("lowering", "picker", "derived")
+_OURS = ("lowering", "selector", "derived")
 
 
 def conv_params(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,13 +55,19 @@ def chosen_lowering(params: Mapping[str, Any]) -> str:
 
 
 def tuned_conv(
-    lhs: jax.Array, rhs: jax.Array, *, lowering: str, picker: Picker | None = None, derived: bool = False, **params: Any
+    lhs: jax.Array,
+    rhs: jax.Array,
+    *,
+    lowering: str,
+    selector: LoweringSelector | None = None,
+    derived: bool = False,
+    **params: Any,
 ) -> jax.Array:
     """A convolution with the parameters of a `conv_general_dilated` equation, through a named lowering.
 
-    `picker` chooses those that JAX derives from it; `derived`: this is one.
+    `selector` chooses those that JAX derives from it; `derived`: this is one.
     """
-    return tuned_conv_p.bind(lhs, rhs, lowering=lowering, picker=picker, derived=derived, **params)
+    return tuned_conv_p.bind(lhs, rhs, lowering=lowering, selector=selector, derived=derived, **params)
 
 
 def is_explicit(aval: Any) -> bool:
@@ -77,17 +83,19 @@ def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
     return name if native and not may_crash(name) else "xla"
 
 
-def _lower(ctx: Any, lhs: Any, rhs: Any, *, lowering: str, picker: Picker | None, derived: bool, **params: Any) -> Any:
+def _lower(
+    ctx: Any, lhs: Any, rhs: Any, *, lowering: str, selector: LoweringSelector | None, derived: bool, **params: Any
+) -> Any:
     written = written_order(params)
     (lhs_type, rhs_type), (out_type,) = ctx.avals_in, ctx.avals_out
     conv, chosen = ConvSignature.of(lhs_type, rhs_type, params), Candidate(lowering, written)
     if divides(ctx):
-        seen = picker is None and not derived  # in a program that was planned, and judged, with its arrays divided
+        seen = selector is None and not derived  # in a program that was planned, and judged, with its arrays divided
         if not seen or not lowering_named(lowering).divisible(conv, written):
             # XLA's partitioner is trusted with its own convolution, and only in these orders.
             chosen = Candidate(xla_for(conv), replace(written, out=written.lhs))
-    elif derived and picker is not None:
-        chosen = picker(lhs_type, rhs_type, lowering, params, ctx.module_context.platforms)
+    elif derived and selector is not None:
+        chosen = selector(lhs_type, rhs_type, lowering, params, ctx.module_context.platforms)
 
     def compute(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         dims = chosen.dims
@@ -109,7 +117,7 @@ def rebind(jaxpr: Any, ours: Mapping[str, Any], args: Sequence[Any]) -> list[Any
             return None
         lhs, rhs = operands
         name = inherited(ours["lowering"], ConvSignature.of(lhs, rhs, eqn.params), eqn.params)
-        return [tuned_conv(lhs, rhs, lowering=name, picker=ours["picker"], derived=True, **eqn.params)]
+        return [tuned_conv(lhs, rhs, lowering=name, selector=ours["selector"], derived=True, **eqn.params)]
 
     return eval_equations(jaxpr, args, bind)
 

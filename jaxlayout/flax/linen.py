@@ -50,20 +50,20 @@ def auto_layout(module: M, /, **options: Any) -> M:
         hashable nor an array or a pytree of those, and for a field of the module of that kind.
       ValueError: for an option out of its range.
     """
-    told = Options.from_environment(**options)
+    chosen = Options.from_environment(**options)
     if isinstance(module, type) and issubclass(module, nn.Module):
-        return _tuned_class(bare(module), told)  # type: ignore[return-value]
+        return _tuned_class(bare(module), chosen)  # type: ignore[return-value]
     if not isinstance(module, nn.Module):
         raise TypeError(f"auto_layout: {module!r} is not a module of flax.linen")
     # One that has a scope already, in a compact method, has taken its name there: the tuned one works in that scope.
     parent = module.parent if module.scope is None else module.scope
-    return _tuned_class(bare(type(module)), told)(**_fields(module), parent=parent)  # type: ignore[return-value]
+    return _tuned_class(bare(type(module)), chosen)(**_fields(module), parent=parent)  # type: ignore[return-value]
 
 
 @functools.cache
-def _tuned_class(base: type[nn.Module], told: Options) -> type[nn.Module]:
+def _tuned_class(base: type[nn.Module], chosen: Options) -> type[nn.Module]:
     """A subclass that says it is `base`: automatic names of submodules are those of their class."""
-    methods = {name: _tuned_method(base, name, told) for name in _methods(base)}
+    methods = {name: _tuned_method(base, name, chosen) for name in _methods(base)}
 
     def apply(self: Any, variables: Any, *args: Any, method: Any = None, **keywords: Any) -> Any:
         """As of the bare module."""
@@ -87,7 +87,7 @@ def _methods(base: type[nn.Module]) -> list[str]:
     ]
 
 
-def _tuned_method(base: type[nn.Module], name: str, told: Options) -> Callable[..., Any]:
+def _tuned_method(base: type[nn.Module], name: str, chosen: Options) -> Callable[..., Any]:
     method = getattr(base, name)
 
     @functools.wraps(method)  # with Flax's mark of a method that manages the module's state: it must not do so twice
@@ -116,7 +116,7 @@ def _tuned_method(base: type[nn.Module], name: str, told: Options) -> Callable[.
             known = [(scope.path, scope.flags, _hashable(scope.mutable)) for scope in scopes]
             key = _Call((cls, name, rest, before, tuple(known)), run)
             try:
-                out, variables, after = _function(definition, told)(key, variables, rngs, arrays)
+                out, variables, after = _function(definition, chosen)(key, variables, rngs, arrays)
             finally:
                 key.run = None  # the cache of compiled programs keeps the call
             _set_counts(scopes, after)
@@ -129,14 +129,14 @@ def _tuned_method(base: type[nn.Module], name: str, told: Options) -> Callable[.
 
 
 @functools.lru_cache(maxsize=256)
-def _function(definition: nn.Module, told: Options) -> AutoLayout:
+def _function(definition: nn.Module, chosen: Options) -> AutoLayout:
     """What all calls of a module run."""
 
     def function(call: _Call, variables: Any, rngs: Any, arrays: Any) -> Any:
         return call.run(variables, rngs, arrays)
 
     function.__name__ = type(definition).__name__
-    return AutoLayout(function, told, None, {"static_argnums": 0})
+    return AutoLayout(function, chosen, None, {"static_argnums": 0})
 
 
 class _Call:

@@ -125,7 +125,7 @@ def _nodes(tree: Any) -> Any:
 
 
 @functools.cache
-def _tuned_class(base: type[nnx.Module], told: Options) -> type[nnx.Module]:
+def _tuned_class(base: type[nnx.Module], options: Options) -> type[nnx.Module]:
     """A subclass that says it is `base`."""
     call: Any = base.__call__
 
@@ -134,7 +134,7 @@ def _tuned_class(base: type[nnx.Module], told: Options) -> type[nnx.Module]:
         return split(call(module, *args, **kwargs), _dynamic, is_leaf=_is_graph)
 
     function.__name__ = base.__name__
-    compiled = AutoLayout(function, static_argnums=2, **dataclasses.asdict(told))
+    compiled = AutoLayout(function, static_argnums=2, **dataclasses.asdict(options))
 
     @functools.wraps(call)
     def tuned(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from jax.extend.core import Literal as LiteralAtom
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import in_turn, lowering_named, may_crash, xla_for
+from jaxlayout.convs.lowering import batch_sequential, lowering_named, may_crash, xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
 from jaxlayout.convs.signature import Context, ConvSignature, written_order
 from jaxlayout.graph import shards
@@ -167,7 +167,7 @@ class _Place:
         return replace(self, path=(*self.path, index))
 
     def within(self, index: int, body: Body) -> _Place:
-        return _Place((*self.path, index), "nested" if body.apart else self.context, self.times * body.times)
+        return _Place((*self.path, index), "nested" if body.own_computation else self.context, self.times * body.times)
 
 
 @dataclass(slots=True)
@@ -347,25 +347,25 @@ class _Builder:
         numbers, (images, kernels) = eqn.params["dimension_numbers"], (self.divisions[i] for i in operands)
         positions = [*(images[a] for a in numbers.lhs_spec[2:]), *(kernels[a] for a in numbers.rhs_spec[2:])]
 
-        def runs(way: Candidate) -> bool:
-            lowering = lowering_named(way.lowering)
+        def runs(candidate: Candidate) -> bool:
+            lowering = lowering_named(candidate.lowering)
             # Where positions are divided XLA's partitioner is not to be relied on, nor are measurements.
-            if any(positions) or (self.spread and not lowering.divisible(full, way.dims)):
+            if any(positions) or (self.spread and not lowering.divisible(full, candidate.dims)):
                 return False
             if conv == full:
                 return True
             # The program holds the whole convolution, whatever a device has of it.
-            native = way.lowering == xla_for(full) or lowering.native(full, way.dims)
-            return native and not in_turn(way.lowering) and not may_crash(way.lowering)
+            native = candidate.lowering == xla_for(full) or lowering.native(full, candidate.dims)
+            return native and not batch_sequential(candidate.lowering) and not may_crash(candidate.lowering)
 
-        ways = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
+        candidates = self.enumerate(conv, Candidate(chosen_lowering(eqn.params), written))
         modes = [
             Mode(
                 (c.dims.lhs.permutation_from(written.lhs), c.dims.rhs.permutation_from(written.rhs)),
                 (c.dims.out.permutation_from(written.out),),
                 c,
             )
-            for i, c in enumerate(ways)
+            for i, c in enumerate(candidates)
             if i == 0 or runs(c)
         ]
         self.add(place, "site", operands, results, modes, conv=conv, name=str(eqn.primitive))

@@ -45,8 +45,8 @@ class Plan:
     """No plan over the same candidates and costs is cheaper."""
     exact: bool = True
     compiler_options: Mapping[str, str] = field(default_factory=dict)
-    """What the whole program is compiled with beside what the user told `jax.jit`."""
-    sealed_bytes: int | None = None
+    """What the whole program is compiled with beside the options that the user gave `jax.jit`."""
+    materialised_bytes: int | None = None
     """How large an array is at most that is written out because a convolution reads it often and it is costly to
     compute (see `rewrite.retrace`); None: any."""
 
@@ -86,7 +86,7 @@ class Plan:
             "bound_ns": self.bound_ns,
             "exact": self.exact,
             "compiler_options": dict(self.compiler_options),
-            "sealed_bytes": self.sealed_bytes,
+            "materialised_bytes": self.materialised_bytes,
         }
 
     @classmethod
@@ -95,6 +95,8 @@ class Plan:
         try:
             if data["format"] != FORMAT:
                 raise ValueError(f"a plan of format {shown(data['format'])}, this is format {FORMAT}")
+            old = "sealed_bytes"  # its name until it was renamed
+            materialised = data[old] if old in data else data["materialised_bytes"]
             return cls(
                 choices={
                     _integers(path): Mode(
@@ -121,7 +123,7 @@ class Plan:
                     text("option", name, 1000): text("option", value, 1000)
                     for name, value in data["compiler_options"].items()
                 },
-                sealed_bytes=optional(integer, "sealed_bytes", data["sealed_bytes"], 2**60),
+                materialised_bytes=optional(integer, "materialised_bytes", materialised, 2**60),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"not a plan: {error!r}"[:200]) from error

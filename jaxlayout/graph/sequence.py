@@ -35,22 +35,22 @@ def select_layout_for_sequence(
     ranks = {op.rank for op in ops} | ({len(written.lhs.axes) - 2} if written else set())
     if len(ranks) > 1:
         raise ValueError(f"convolutions of {sorted(ranks)} spatial axes in one sequence: expected as many in each")
-    ways = [_ways(op, policy, written) for op in ops]
+    offered = [_offered(op, policy, written) for op in ops]
     factors = [
-        Factor((i,), np.array([_alone(op, dims, policy, written) for dims in ways[i]])) for i, op in enumerate(ops)
+        Factor((i,), np.array([_alone(op, dims, policy, written) for dims in offered[i]])) for i, op in enumerate(ops)
     ]
     for (i, op), (j, _) in pairwise(enumerate(ops)):
-        between = [[_moved(op.out_shape, op.out_dtype, a.out, b.lhs, policy) for b in ways[j]] for a in ways[i]]
+        between = [[_moved(op.out_shape, op.out_dtype, a.out, b.lhs, policy) for b in offered[j]] for a in offered[i]]
         factors.append(Factor((i, j), np.array(between)))
     if written and ops:
-        entering = [_moved(ops[0].lhs_shape, ops[0].lhs_dtype, written.lhs, dims.lhs, policy) for dims in ways[0]]
-        leaving = [_moved(ops[-1].out_shape, ops[-1].out_dtype, dims.out, written.out, policy) for dims in ways[-1]]
+        entering = [_moved(ops[0].lhs_shape, ops[0].lhs_dtype, written.lhs, dims.lhs, policy) for dims in offered[0]]
+        leaving = [_moved(ops[-1].out_shape, ops[-1].out_dtype, dims.out, written.out, policy) for dims in offered[-1]]
         factors += [Factor((0,), np.array(entering)), Factor((len(ops) - 1,), np.array(leaving))]
-    solution = minimise([len(found) for found in ways], factors)
-    return tuple(found[i] for found, i in zip(ways, solution.assignment, strict=True))
+    solution = minimise([len(found) for found in offered], factors)
+    return tuple(found[i] for found, i in zip(offered, solution.assignment, strict=True))
 
 
-def _ways(
+def _offered(
     op: ConvSignature, policy: LayoutPolicy, written: ConvDimensionNumbers | None
 ) -> tuple[ConvDimensionNumbers, ...]:
     common = lowering_named("xla").orders(op.cropped)

@@ -98,8 +98,8 @@ def of_results(eqn: Any, labelling: Labelling | None, operands: Sequence[Divisio
         carried = [parts.get(labels[0], ()) if labels else () for labels in axes]
         if isinstance(sharding, NamedSharding):
             free = eqn.params.get("unconstrained_dims", ())
-            told = of_sharding(sharding, rank_of(var))
-            carried = [carried[a] if a in free else part for a, part in enumerate(told)]
+            given = of_sharding(sharding, rank_of(var))
+            carried = [carried[a] if a in free else part for a, part in enumerate(given)]
         typed = of_type(var.aval)
         found.append(_fitting(carried, getattr(var.aval, "shape", ())) if typed is None else typed)
     return found
@@ -182,8 +182,8 @@ def placement(leaf: Any) -> Any:
     return (division, spans) if spans or any(division) else ()
 
 
-def placements(leaves: Sequence[Any], told: Sequence[Any]) -> list[Any]:
+def placements(leaves: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """The shardings of arguments, arrays or shapes: what `jax.jit` was told of them, else their own; None where it puts
     them where the others are."""
     own = [getattr(leaf, "sharding", None) if getattr(leaf, "committed", True) else None for leaf in leaves]
-    return [a or b for a, b in zip(told or own, own, strict=True)]
+    return [a or b for a, b in zip(given or own, own, strict=True)]

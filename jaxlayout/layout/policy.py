@@ -79,9 +79,9 @@ class LayoutPolicy:
 def _generation(device: Any) -> int:
     """The major compute capability of an NVIDIA chip: 7 Volta, 9 Hopper; 0 for any other. By name where JAX does not
     tell it: what is no H100, H200, B200, GH200 or the like is taken for a Volta."""
-    told = getattr(device, "compute_capability", None)
-    if told is not None:
-        major, _, _ = str(told).partition(".")
+    capability = getattr(device, "compute_capability", None)
+    if capability is not None:
+        major, _, _ = str(capability).partition(".")
         return int(major) if major.isdigit() else 0  # gfx942 is AMD's
     if "NVIDIA" not in device.device_kind:
         return 0

@@ -103,38 +103,38 @@ class Proofs:
         except NoHelper:  # it is in the log
             return False
 
-    def __call__(self, conv: ConvSignature, way: Candidate) -> Measurement:
+    def __call__(self, conv: ConvSignature, candidate: Candidate) -> Measurement:
         """What came of a form; where that is "ok" it may run here. NoHelper where it cannot be known."""
         conv = replace(conv, context="entry")  # it is run in both
-        candidate = candidate_id(way)
-        found = self.table.measurements(self.environment, conv.key).get(candidate)
+        name = candidate_id(candidate)
+        found = self.table.measurements(self.environment, conv.key).get(name)
         if found is None:
-            found = self._run(conv, way)
-            self.table.record(self.environment, conv.key, candidate, found)
+            found = self._run(conv, candidate)
+            self.table.record(self.environment, conv.key, name, found)
         return found
 
-    def objection(self, conv: ConvSignature, way: Candidate) -> str:
+    def objection(self, conv: ConvSignature, candidate: Candidate) -> str:
         """Why a form must not run here; '' if it may."""
-        if not may_crash(way.lowering):
+        if not may_crash(candidate.lowering):
             return ""
         try:
-            found = self(conv, way)
+            found = self(conv, candidate)
         except NoHelper as error:
             return str(error)
         return "" if found.status == "ok" else found.detail
 
-    def _run(self, conv: ConvSignature, way: Candidate) -> Measurement:
+    def _run(self, conv: ConvSignature, candidate: Candidate) -> Measurement:
         try:
-            what = {"conv": conv.to_json(), "candidate": str(way)}
+            what = {"conv": conv.to_json(), "candidate": str(candidate)}
         except ValueError as error:
             return failed("failed", f"it cannot be run in a process of its own: {error}")
-        told = {"compiler_options": self.compiler_options, "relax": self.relax}
+        settings = {"compiler_options": self.compiler_options, "relax": self.relax}
         limits = {"memory": available_memory(self.device), "seconds": FORM_SECONDS + conv.macs / SLOWEST}
         with _helper(self.device, self.stop) as helper:
-            if why := helper.refusal(way.lowering, self.stop):
+            if why := helper.refusal(candidate.lowering, self.stop):
                 raise NoHelper(why)
             try:
-                answer = helper.ask(what | told | limits, self.stop)
+                answer = helper.ask(what | settings | limits, self.stop)
             except Died as error:
                 return failed("failed", f"in a process of its own it {error}")
             if answer["spent"]:
@@ -180,11 +180,11 @@ class Helper:
     def refusal(self, name: str, stop: Stop = never) -> str:
         """Why a lowering cannot be had there; '' if it can."""
         parts = {part: lowering_named(part) for part in name.split("/")}
-        told = {part: (type(one).__module__, type(one).__qualname__, one.version) for part, one in parts.items()}
-        if (key := json.dumps(told)) not in self._refused:
+        classes = {part: (type(one).__module__, type(one).__qualname__, one.version) for part, one in parts.items()}
+        if (key := json.dumps(classes)) not in self._refused:
             why = next(filter(None, (not_importable(type(one)) for one in parts.values())), "")
             try:
-                why = why or self.ask({"lowerings": told, "seconds": START_SECONDS}, stop)["refused"]
+                why = why or self.ask({"lowerings": classes, "seconds": START_SECONDS}, stop)["refused"]
             except Died as error:
                 why = f"the process that was to import it {error}"
             if why:
@@ -279,9 +279,9 @@ def environment_alone(environ: Mapping[str, str]) -> dict[str, str]:
     found = {name: value for name, value in environ.items() if not name.startswith(ALONE)}
     if flags := found.get("XLA_FLAGS"):
         found["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump_"))
-    told = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXLAYOUT_POLICY": "off"}
+    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXLAYOUT_POLICY": "off"}
     paths = [os.fsdecode(path) for path in sys.path if isinstance(path, str | bytes | os.PathLike)]
-    return found | told | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in paths)}
+    return found | settings | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in paths)}
 
 
 @functools.cache

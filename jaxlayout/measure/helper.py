@@ -105,11 +105,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     if "config" in request:
         return {"environment": _settled(request["config"])}
     if "lowerings" in request:
-        reasons = (_loaded(name, *told) for name, told in request["lowerings"].items())
+        reasons = (_loaded(name, *place) for name, place in request["lowerings"].items())
         return {"refused": next(filter(None, reasons), "")}
-    conv, way = ConvSignature.from_json(request["conv"]), Candidate.parse(request["candidate"])
+    conv, candidate = ConvSignature.from_json(request["conv"]), Candidate.parse(request["candidate"])
     try:
-        found = prove(conv, way, request["compiler_options"], request["relax"], request["memory"])
+        found = prove(conv, candidate, request["compiler_options"], request["relax"], request["memory"])
     except BaseException as error:  # whatever it raises is its result
         found = failed("failed", repr(error))
     if left := _left_running():
@@ -148,7 +148,7 @@ def _left_running() -> bool:
 
 
 def prove(
-    conv: ConvSignature, way: Candidate, compiler_options: CompilerOptions, relax: float, memory_bytes: int | None
+    conv: ConvSignature, candidate: Candidate, compiler_options: CompilerOptions, relax: float, memory_bytes: int | None
 ) -> Measurement:
     """Run a form as it may have to run: in an entry computation, with zeros and with NaNs in the memory around its
     operands; its kernel prepared before; several at once, in a branch too, from two threads. "ok" where each result is
@@ -157,12 +157,12 @@ def prove(
     `relax`: multiplies the error allowed. `memory_bytes`: what it may take beside its operands, None for any.
     """
     usual = Candidate("xla", ConvDimensionNumbers.channels_last(conv.rank))
-    job = conv_job(conv, [usual, way])
-    name, base = candidate_id(way), candidate_id(usual)
+    job = conv_job(conv, [usual, candidate])
+    name, base = candidate_id(candidate), candidate_id(usual)
     arrays, error_of = job.inputs()
     assert error_of is not None
     form, (lhs, rhs) = job.alternatives[name], arrays(name)
-    nested = conv_job(replace(conv, context="nested"), [way]).alternatives[name]
+    nested = conv_job(replace(conv, context="nested"), [candidate]).alternatives[name]
     errors: list[float] = []
 
     def sound(out: Any) -> bool:
@@ -189,9 +189,9 @@ def prove(
             return failed("wrong", "its result depends on memory that is not its own")
         right = sound(outs[0])
         if not conv.is_empty:
-            found = lowering_named(way.lowering)
-            prepared = jax.jit(lambda rhs: found.prepare(conv, way.dims, rhs))(noisy[1])
-            apply = jax.jit(lambda lhs, prepared: found.apply(conv, way.dims, lhs, prepared))
+            found = lowering_named(candidate.lowering)
+            prepared = jax.jit(lambda rhs: found.prepare(conv, candidate.dims, rhs))(noisy[1])
+            apply = jax.jit(lambda lhs, prepared: found.apply(conv, candidate.dims, lhs, prepared))
             right &= sound(apply(noisy[0], prepared))
         each = 2 * (temp + outs[0].nbytes) + 1
         few = CROWD if memory_bytes is None else max(1, min(CROWD, memory_bytes // each))

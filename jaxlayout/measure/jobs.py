@@ -99,14 +99,14 @@ def candidate_id(candidate: Candidate) -> str:
     return f"{versioned(candidate.lowering)}:{candidate.dims}"
 
 
-def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
+def conv_job(conv: ConvSignature, candidates: Sequence[Candidate]) -> Job:
     """The job of timing the candidates of a convolution."""
 
-    def alternative(way: Candidate) -> Callable[..., Any]:
-        return lambda lhs, rhs: evaluate(way.lowering, conv, way.dims, lhs, rhs)
+    def alternative(candidate: Candidate) -> Callable[..., Any]:
+        return lambda lhs, rhs: evaluate(candidate.lowering, conv, candidate.dims, lhs, rhs)
 
-    named = {candidate_id(way): way for way in ways}
-    dims = {name: way.dims for name, way in named.items()}
+    named = {candidate_id(candidate): candidate for candidate in candidates}
+    dims = {name: candidate.dims for name, candidate in named.items()}
     last = ConvDimensionNumbers(
         ConvLayout.channels_last(conv.rank),
         KernelLayout.io_last(conv.rank),
@@ -150,14 +150,14 @@ def conv_job(conv: ConvSignature, ways: Sequence[Candidate]) -> Job:
     explained = max(allowed, COARSE if rounds_more else min(UNEXPLAINED * allowed, COARSE))
     return Job(
         conv.key,
-        {name: alternative(way) for name, way in named.items()},
+        {name: alternative(candidate) for name, candidate in named.items()},
         inputs,
         lambda written: max(2 * written if written <= explained else 0.0, allowed),
         conv.context,
         lambda name: dims[name],
         work,
         lambda name: (conv, named[name]) if may_crash(named[name].lowering) else None,
-        partial(conv_job, conv, ways),
+        partial(conv_job, conv, candidates),
     )
 
 
@@ -336,11 +336,11 @@ class _Trials:
 
     def compile(self, names: Iterable[str], pool: Executor, options: CompilerOptions) -> dict[str, Future[_Trial]]:
         """Start compiling some alternatives."""
-        ways, context = self.job.alternatives, self.job.context
+        alternatives, context = self.job.alternatives, self.job.context
 
         def work(name: str) -> _Trial:
             self.turns.pause()
-            return _compile(ways[name], self.args(name), context, options)
+            return _compile(alternatives[name], self.args(name), context, options)
 
         return {name: pool.submit(work, name) for name in names}
 
@@ -392,11 +392,11 @@ class _Trials:
 
     def firsts(self) -> Iterable[str]:
         """What to compile first: the alternative written, and of each other orders one."""
-        ways, orders = list(self.job.alternatives), self.job.orders
+        alternatives, orders = list(self.job.alternatives), self.job.orders
         if self.peaks is None or orders is None:
-            return ways
-        each = {orders(name): name for name in reversed(ways)}
-        return [name for name in ways if each[orders(name)] == name]
+            return alternatives
+        each = {orders(name): name for name in reversed(alternatives)}
+        return [name for name in alternatives if each[orders(name)] == name]
 
     def left(self) -> Iterable[str]:
         """Those of the others that may still win."""

@@ -60,9 +60,9 @@ class Marker:
             return ""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            told = json.loads(os.read(descriptor, MAX_TEXT))
-            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(told["time"]))
-            return f"process {told['process']} ended on {when} while the rewritten function was {told['doing']}"
+            record = json.loads(os.read(descriptor, MAX_TEXT))
+            when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["time"]))
+            return f"process {record['process']} ended on {when} while the rewritten function was {record['doing']}"
         except OSError:  # its process is at it
             return ""
         except (ValueError, TypeError, KeyError):
@@ -76,7 +76,7 @@ class Marker:
             with contextlib.suppress(OSError):
                 self.path.unlink()
 
-    def _put(self, told: dict[str, object]) -> int | None:
+    def _put(self, record: dict[str, object]) -> int | None:
         """The descriptor that holds the lock. None where it cannot be put there, or another process has."""
         if self.path is None or fcntl is None:
             return None
@@ -88,7 +88,7 @@ class Marker:
             return None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(descriptor, json.dumps(told).encode())
+            os.write(descriptor, json.dumps(record).encode())
             os.link(draft, self.path)  # whole and locked, and not in another's place
         except OSError as error:
             logger.info("no marker at %s: %s", self.path, error)

@@ -71,7 +71,7 @@ class Turns:
     """Entered for as long as a wait takes."""
     waited: float = 0.0
     """Seconds, up to now."""
-    told: bool = field(default=False, init=False)
+    reported: bool = field(default=False, init=False)
 
     @contextmanager
     def timing(self) -> Iterator[None]:
@@ -119,8 +119,8 @@ class _Wait:
             raise NoTurn(f"{who()} was still timing after {turns.timeout:g} s of waiting")
         if _line.in_vain(turns.timeout):
             raise NoTurn(f"{who()} is timing, and a call has just waited for {turns.timeout:g} s in vain")
-        if turns.waited >= TELL_SECONDS and not turns.told:
-            turns.told = True
+        if turns.waited >= TELL_SECONDS and not turns.reported:
+            turns.reported = True
             turns.tell(f"{who()} is timing: waiting for a turn, to not disturb its measurements or one's own")
         time.sleep(min(POLL_SECONDS, turns.timeout - turns.waited))
 

@@ -135,10 +135,10 @@ class _Gathered:
     def because(self, i: int, upwards: bool) -> str:
         """A node, and the one that it has its order from."""
         node, anchor = self.graph.nodes[i], nearest_anchor(self.graph, self.modes, self.wired, i, upwards)
-        told = self.said(node)
+        said = self.said(node)
         if anchor is None or anchor is node:
-            return told
-        return f"{told}, {'after' if upwards else 'before'} {self.said(anchor)}"
+            return said
+        return f"{said}, {'after' if upwards else 'before'} {self.said(anchor)}"
 
     def transposes(self) -> list[Transpose]:
         found = []
@@ -210,9 +210,9 @@ class _Gathered:
 
 def source_lines(eqn: Any) -> tuple[str, str] | None:
     """The line that wrote an equation, and the innermost one of no installed package: "file:line:column (function)"."""
-    told = source_info_util.summarize(eqn.source_info, FRAMES).splitlines()[::-1]
-    theirs = (line for line in told if not line.startswith(OWN) and not any(part in line for part in INSTALLED))
-    return (told[0], next(theirs, told[0])) if told else None
+    frames = source_info_util.summarize(eqn.source_info, FRAMES).splitlines()[::-1]
+    theirs = (line for line in frames if not line.startswith(OWN) and not any(part in line for part in INSTALLED))
+    return (frames[0], next(theirs, frames[0])) if frames else None
 
 
 def kind_of(conv: ConvSignature, derived: bool) -> str:

@@ -8,9 +8,9 @@ from html import escape
 from jaxlayout.report.value import Facts
 from jaxlayout.report.words import (
     Group,
-    facts,
     groups,
     headline,
+    measured_cells,
     ms,
     scope,
     shapes,
@@ -39,30 +39,30 @@ STYLE = """
 NUMBERS = frozenset({"ms", "±", "tries", "error", "memory", "runs", "times"})
 
 
-def of_explanation(told: Facts) -> str:
+def of_explanation(facts: Facts) -> str:
     """The whole report; the candidates of each convolution can be unfolded."""
-    state = "kept" if told.outcome.kept else "left"
-    parts = [f'<div class="{state}"><code>{escape(told.name)}</code> {escape(headline(told))}</div>']
-    if wrong := wrong_as_written(told):
+    state = "kept" if facts.outcome.kept else "left"
+    parts = [f'<div class="{state}"><code>{escape(facts.name)}</code> {escape(headline(facts))}</div>']
+    if wrong := wrong_as_written(facts):
         parts.append(f'<p class="wrong">{escape(wrong)}</p>')
-    if why := why_nothing(told):
+    if why := why_nothing(facts):
         parts.append(f"<p>{escape(why)}</p>")
     whole = "".join(
-        f'<tr><td class="dim">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in summary(told)
+        f'<tr><td class="dim">{escape(name)}</td><td>{escape(text)}</td></tr>' for name, text in summary(facts)
     )
     parts.append(f"<table>{whole}</table>")
-    if told.sites:
-        parts.append(_convolutions(told))
-    if told.moves:
-        parts.append(_conversions(told))
-    if told.transposes:
+    if facts.sites:
+        parts.append(_convolutions(facts))
+    if facts.moves:
+        parts.append(_conversions(facts))
+    if facts.transposes:
         rows = [
             [escape(one.line), f"{list(one.shape)} by {list(one.permutation)}", "absorbed" if one.absorbed else "stays"]
-            for one in told.transposes
+            for one in facts.transposes
         ]
         parts.append(_folded("Your transposes", _table(["where", "what", ""], rows)))
-    if told.barriers:
-        rows = [[escape(one.name), str(one.count), "<br>".join(map(escape, one.lines))] for one in told.barriers]
+    if facts.barriers:
+        rows = [[escape(one.name), str(one.count), "<br>".join(map(escape, one.lines))] for one in facts.barriers]
         title = "Barriers: no rule, their operands come in the order written"
         parts.append(_folded(title, _table(["primitive", "times", "where"], rows)))
     return f'<div class="jaxlayout"><style>{STYLE}</style>{"".join(parts)}</div>'
@@ -83,13 +83,13 @@ def _folded(title: str, table: str) -> str:
     return f"<details><summary><b>{escape(title)}</b></summary>{table}</details>"
 
 
-def _convolutions(told: Facts) -> str:
+def _convolutions(facts: Facts) -> str:
     rows = []
-    for group in groups(told):
+    for group in groups(facts):
         site, written, chosen = group.first, group.first.written, group.first.chosen
         place = "<br>".join([*map(escape, group.places), f'<span class="dim">{escape(scope(site))}</span>'])
         what = f'{escape(site.kind)}, {escape(site.dtype)}<br><span class="dim">{escape(shapes(site))}</span>'
-        before, after = facts(written)[0], facts(chosen)[0]
+        before, after = measured_cells(written)[0], measured_cells(chosen)[0]
         if written.chosen:
             form, time = f'<code>{escape(str(written.candidate))}</code> <span class="dim">as written</span>', before
         else:
@@ -106,12 +106,12 @@ def _candidates(group: Group) -> str:
         marks = [word for word, true in (("chosen", one.chosen), ("written", one.written)) if true]
         name = f'<code class="{"won" if one.chosen else ""}">{escape(str(one.candidate))}</code>'
         why = escape(one.measurement.detail) if one.measurement else ""
-        rows.append([name, *map(escape, facts(one)), ", ".join(marks) or f'<span class="dim">{why}</span>'])
+        rows.append([name, *map(escape, measured_cells(one)), ", ".join(marks) or f'<span class="dim">{why}</span>'])
     table = _table(["candidate", "ms", "±", "tries", "error", "memory", "", ""], rows)
     return f'<details><summary class="dim">{len(rows)} candidates</summary>{table}</details>'
 
 
-def _conversions(told: Facts) -> str:
+def _conversions(facts: Facts) -> str:
     rows = [
         [
             f"{escape(move.dtype)}{list(move.shape)}",
@@ -121,6 +121,6 @@ def _conversions(told: Facts) -> str:
             f"{'' if move.measured else '≥ '}{ms(move.ns)}",
             times(move.times),
         ]
-        for move in told.moves
+        for move in facts.moves
     ]
     return _folded(f"{len(rows)} conversions", _table(["value", "orders", "why", "ms", "runs"], rows))

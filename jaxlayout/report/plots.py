@@ -112,15 +112,15 @@ def _is_dark(colour: Any) -> bool:
 MOST_BARS = 30
 
 
-def predicted(told: Facts) -> Figure:
+def predicted(facts: Facts) -> Figure:
     """Milliseconds each time the function runs: the whole above, convolutions below."""
-    verdict, plan = told.outcome.verdict, told.outcome.plan
+    verdict, plan = facts.outcome.verdict, facts.outcome.plan
     whole = [
         ("as written", plan.written_ns or None, verdict.original_ns),
         ("as planned", plan.predicted_ns or None, verdict.tuned_ns),
     ]
     found = sorted(
-        groups(told), key=lambda group: -group.runs * max(_ns(group.first.written) or 0, _ns(group.first.chosen) or 0)
+        groups(facts), key=lambda group: -group.runs * max(_ns(group.first.written) or 0, _ns(group.first.chosen) or 0)
     )
     few = len(found) <= MOST_BARS + 1
     shown, others = (found, []) if few else (found[:MOST_BARS], found[MOST_BARS:])
@@ -135,7 +135,7 @@ def predicted(told: Facts) -> Figure:
     figure.text(
         0.15 / 9.5,
         1 - 0.25 / height,
-        f"{told.name}: {_cut(headline(told), 80)}",
+        f"{facts.name}: {_cut(headline(facts), 80)}",
         fontsize=11,
         weight="bold",
         va="center",
@@ -244,30 +244,30 @@ def lanes(steps: Sequence[Step], most: int = MOST_LANES) -> Lanes:
     return found
 
 
-def graph(told: Facts) -> Figure:
+def graph(facts: Facts) -> Figure:
     """One row for each step, one column for each branch, with what each step is and takes."""
-    steps = told.steps
+    steps = facts.steps
     placed = lanes(steps)
     strips = min(MOST_STRIPS, max(1, math.ceil(len(steps) / MOST_ROWS)))
     per = max(1, math.ceil(len(steps) / strips))
     wide = LANE * (placed.count + 1) + TEXT["ms"] + 0.55
-    title = f"{told.name}: {_cut(headline(told), 90)}"
+    title = f"{facts.name}: {_cut(headline(facts), 90)}"
     width, height = max(0.4 + 0.1 * len(title), wide * strips), TOP + ROW * (per + 0.2)
     figure = _figure(width, height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
     colours = _order_colours(steps)
-    pen = _Pen(axes, steps, placed, per, wide, colours, told)
+    pen = _Pen(axes, steps, placed, per, wide, colours, facts)
     pen.edges()
     for row in range(len(steps)):
         pen.step(row)
     axes.text(0.2, 0.22, title, fontsize=11, weight="bold", va="center")
-    for strip in range(strips if told.sites else 0):
+    for strip in range(strips if facts.sites else 0):
         pen.heading(strip)
-    _legend(figure, steps, colours, told, width, height)
+    _legend(figure, steps, colours, facts, width, height)
     if not steps:
-        axes.text(0.2, 1.1, why_nothing(told) or "Nothing to draw.", fontsize=9)
+        axes.text(0.2, 1.1, why_nothing(facts) or "Nothing to draw.", fontsize=9)
     return figure
 
 
@@ -304,7 +304,7 @@ class _Pen:
     per: int
     wide: float
     colours: dict[str, str]
-    told: Facts
+    facts: Facts
 
     def x(self, row: int, lane: float) -> float:
         return 0.3 + self.wide * (row // self.per) + LANE * lane
@@ -347,7 +347,7 @@ class _Pen:
     def step(self, row: int) -> None:
         step, colour = self.steps[row], self.colour(self.steps[row])
         x, y = self.x(row, self.placed.lane[row]), self.y(row, row // self.per)
-        site = None if step.site is None else self.told.sites[step.site]
+        site = None if step.site is None else self.facts.sites[step.site]
         marker, size = MARKS[step.kind]
         hollow = step.kind == "transpose" or (site is not None and site.written.chosen)
         face = "white" if hollow else GREY if step.kind == "barrier" else colour
@@ -404,13 +404,13 @@ def _cut(text: str, most: int) -> str:
 
 
 def _legend(
-    figure: Figure, steps: Sequence[Step], colours: dict[str, str], told: Facts, width: float, height: float
+    figure: Figure, steps: Sequence[Step], colours: dict[str, str], facts: Facts, width: float, height: float
 ) -> None:
     used = {step.kind for step in steps}
     handles = [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
-    if any(step.site is not None and not told.sites[step.site].written.chosen for step in steps):
+    if any(step.site is not None and not facts.sites[step.site].written.chosen for step in steps):
         handles.append(_mark("convolution", GREY, "form or order changed"))
-    if any(step.site is not None and told.sites[step.site].written.chosen for step in steps):
+    if any(step.site is not None and facts.sites[step.site].written.chosen for step in steps):
         handles.append(_mark("convolution", "white", "as written"))
     for kind in ("conversion", "transpose", "equation", "barrier", "join"):
         if kind in used:

@@ -14,10 +14,10 @@ from rich.text import Text
 
 from jaxlayout.report.value import Facts, SiteFacts
 from jaxlayout.report.words import (
-    facts,
     groups,
     headline,
     listed,
+    measured_cells,
     ms,
     scope,
     shapes,
@@ -34,26 +34,26 @@ WIDTH = 120
 """Columns of `str`, which knows no terminal."""
 
 
-def of_explanation(told: Facts) -> Group:
+def of_explanation(facts: Facts) -> Group:
     """The whole report."""
-    found = groups(told)
-    parts: list[Any] = [_head(told)]
-    if wrong := wrong_as_written(told):
+    found = groups(facts)
+    parts: list[Any] = [_head(facts)]
+    if wrong := wrong_as_written(facts):
         parts.append(Text(wrong, style="bold red"))
-    if why := why_nothing(told):
+    if why := why_nothing(facts):
         parts.append(Text(why, style="bold"))
     if found:
-        parts += _titled("Convolutions", _convolutions(told))
+        parts += _titled("Convolutions", _convolutions(facts))
     for group in found if len(found) <= DETAILED else ():
         parts += _titled(f"{group.numbers}: {group.first.kind}, {shapes(group.first)}", _candidates(group.first))
     if len(found) > DETAILED:
         parts.append(Text("print(explanation.sites[#]) shows all candidates of one, to_json() of all", style="dim"))
-    if told.moves:
-        parts += _titled("Conversions", _conversions(told))
-    if told.transposes:
-        parts += _titled("Your transposes", _transposes(told))
-    if told.barriers:
-        parts += _titled("Barriers: no rule, their operands come in the order written", _barriers(told))
+    if facts.moves:
+        parts += _titled("Conversions", _conversions(facts))
+    if facts.transposes:
+        parts += _titled("Your transposes", _transposes(facts))
+    if facts.barriers:
+        parts += _titled("Barriers: no rule, their operands come in the order written", _barriers(facts))
     return Group(*parts)
 
 
@@ -90,21 +90,21 @@ def _titled(title: str, table: Table) -> list[Any]:
 RIGHT: dict[str, Any] = {"justify": "right", "no_wrap": True}
 
 
-def _head(told: Facts) -> Group:
+def _head(facts: Facts) -> Group:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
-    for name, text in summary(told):
+    for name, text in summary(facts):
         grid.add_row(name, Text(text))
-    style = "bold green" if told.outcome.kept else "bold yellow"
-    return Group(Text(headline(told), style=style), Padding(grid, (0, 0, 0, 2)))
+    style = "bold green" if facts.outcome.kept else "bold yellow"
+    return Group(Text(headline(facts), style=style), Padding(grid, (0, 0, 0, 2)))
 
 
-def _convolutions(told: Facts) -> Table:
+def _convolutions(facts: Facts) -> Table:
     rows = []
-    for group in groups(told):
+    for group in groups(facts):
         site, written, chosen = group.first, group.first.written, group.first.chosen
-        place, (before, after) = Text(), (facts(written)[0], facts(chosen)[0])
+        place, (before, after) = Text(), (measured_cells(written)[0], measured_cells(chosen)[0])
         for line in group.places[:3]:
             place.append(f"{line}\n")
         if len(group.places) > 3:
@@ -131,16 +131,16 @@ def _candidates(site: SiteFacts) -> Table:
     rows = []
     for one in site.tried:
         style = "green" if one.chosen else "" if one.measurement and one.measurement.median_ns else "dim"
-        time, spread, runs, error, _, status = facts(one)
+        time, spread, runs, error, _, status = measured_cells(one)
         marks = [status, *(word for word, true in (("chosen", one.chosen), ("written", one.written)) if true)]
         cells = str(one.candidate), time if spread == "–" else f"{time} ±{spread}", runs, error, ", ".join(marks)
         rows.append([Text(cell, style=style) for cell in cells])
     return _table([("candidate", {}), ("ms", RIGHT), ("tries", RIGHT), ("error", RIGHT), ("", {})], rows)
 
 
-def _conversions(told: Facts) -> Table:
+def _conversions(facts: Facts) -> Table:
     rows = []
-    for move in told.moves:
+    for move in facts.moves:
         what = f"conversion of {move.dtype}{list(move.shape)}"
         time = ms(move.ns) if move.measured else f"≥ {ms(move.ns)}"
         why = f"{move.held} from {move.held_by}\n{move.wanted} for {listed(move.wanted_by)}"
@@ -149,15 +149,15 @@ def _conversions(told: Facts) -> Table:
     return _table([*columns, ("ms", RIGHT), ("runs", RIGHT)], rows)
 
 
-def _transposes(told: Facts) -> Table:
+def _transposes(facts: Facts) -> Table:
     rows = [
         (one.line, f"{list(one.shape)} by {list(one.permutation)}", "absorbed" if one.absorbed else "stays")
-        for one in told.transposes
+        for one in facts.transposes
     ]
     return _table([("where", {}), ("what", {}), ("", {})], rows)
 
 
-def _barriers(told: Facts) -> Table:
-    rows = [(one.name, one.count, listed(one.lines)) for one in told.barriers]
+def _barriers(facts: Facts) -> Table:
+    rows = [(one.name, one.count, listed(one.lines)) for one in facts.barriers]
     columns = [("primitive", {}), ("times", RIGHT), ("where", {})]
     return _table(columns, rows)

@@ -40,15 +40,15 @@ def size(count: float | None) -> str:
     return f"{count:.1f} GiB"
 
 
-def headline(told: Facts) -> str:
+def headline(facts: Facts) -> str:
     """What became of the function."""
-    word = "kept" if told.outcome.kept else "left as it is"
-    return f"{word}: {told.outcome.verdict.reason}{', provisional' if told.provisional else ''}"
+    word = "kept" if facts.outcome.kept else "left as it is"
+    return f"{word}: {facts.outcome.verdict.reason}{', provisional' if facts.provisional else ''}"
 
 
-def wrong_as_written(told: Facts) -> str:
+def wrong_as_written(facts: Facts) -> str:
     """Which convolutions XLA computes wrongly as they are written; '' where none was found to be."""
-    wrong = [group for group in groups(told) if group.first.wrong]
+    wrong = [group for group in groups(facts) if group.first.wrong]
     if not wrong:
         return ""
     each = "; ".join(f"#{group.numbers} at {group.places[0]}: {group.first.wrong}" for group in wrong)
@@ -58,13 +58,13 @@ def wrong_as_written(told: Facts) -> str:
     )
 
 
-def why_nothing(told: Facts) -> str:
+def why_nothing(facts: Facts) -> str:
     """Why the function runs as it was written, in one sentence; '' where it does not."""
-    outcome, verdict = told.outcome, told.outcome.verdict
+    outcome, verdict = facts.outcome, facts.outcome.verdict
     if outcome.kept:
         return ""
-    if not told.sites:
-        barred = any(barrier.name == "conv_general_dilated" for barrier in told.barriers)
+    if not facts.sites:
+        barred = any(barrier.name == "conv_general_dilated" for barrier in facts.barriers)
         why = "its convolutions have symbolic shapes" if barred else "there is no convolution in it"
         return f"Nothing could be gained: {why}."
     if outcome.source == "none":
@@ -78,15 +78,15 @@ def why_nothing(told: Facts) -> str:
     if verdict.cause in because:
         return f"Nothing was gained: {because[verdict.cause]}."
     if outcome.plan.trivial:
-        if told.provisional:
+        if facts.provisional:
             return "Nothing was found to be gained before the time for measuring ran out; a later process goes on."
         return "Nothing could be gained: the forms and orders as written are the fastest measured, conversions counted."
     return f"Nothing was gained: {verdict.reason}."
 
 
-def summary(told: Facts) -> list[tuple[str, str]]:
+def summary(facts: Facts) -> list[tuple[str, str]]:
     """The facts about the whole, each with its name."""
-    outcome, plan, verdict = told.outcome, told.outcome.plan, told.outcome.verdict
+    outcome, plan, verdict = facts.outcome, facts.outcome.plan, facts.outcome.verdict
     rows = []
     if verdict.original_ns is not None and verdict.tuned_ns is not None:
         pairs = (
@@ -115,25 +115,25 @@ def summary(told: Facts) -> list[tuple[str, str]]:
         spent = f", {outcome.seconds:.1f} s of tuning" if outcome.seconds else ""
         rows.append(("plan", f"{SOURCES.get(outcome.source, outcome.source)}{timed}{spent}"))
     if outcome.seconds:
-        rows.append(("won back", _won_back(told)))
+        rows.append(("won back", _won_back(facts)))
     if plan.compiler_options:
         options = ", ".join(f"{name}={value!r}" for name, value in plan.compiler_options.items())
         rows.append(("compiler options", options))
-    if told.transposes or told.moves:
-        own = sum(not transpose.absorbed for transpose in told.transposes)
-        yours = f"{own} of your {len(told.transposes)} stay, " if told.transposes else ""
-        rows.append(("transposes", f"{yours}{len(told.moves)} put in"))
+    if facts.transposes or facts.moves:
+        own = sum(not transpose.absorbed for transpose in facts.transposes)
+        yours = f"{own} of your {len(facts.transposes)} stay, " if facts.transposes else ""
+        rows.append(("transposes", f"{yours}{len(facts.moves)} put in"))
     return rows
 
 
-def _won_back(told: Facts) -> str:
-    if not told.outcome.kept:
+def _won_back(facts: Facts) -> str:
+    if not facts.outcome.kept:
         return "never: nothing is saved"
-    if told.saved_ns is None:
+    if facts.saved_ns is None:
         return "not known: the whole functions were not timed"
-    if told.break_even is None:
+    if facts.break_even is None:
         return "never: nothing is saved"
-    return f"the tuning, after {told.break_even} calls that each save {ms(told.saved_ns)} ms"
+    return f"the tuning, after {facts.break_even} calls that each save {ms(facts.saved_ns)} ms"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,10 +165,10 @@ class Group:
         return list(dict.fromkeys(where(site) for _, site in self.sites))
 
 
-def groups(told: Facts) -> list[Group]:
+def groups(facts: Facts) -> list[Group]:
     """The convolutions, equal ones together."""
     found: dict[tuple, list[tuple[int, SiteFacts]]] = {}
-    for number, site in enumerate(told.sites):
+    for number, site in enumerate(facts.sites):
         key = site.signature, site.kind, str(site.written.candidate), str(site.chosen.candidate)
         found.setdefault(key, []).append((number, site))
     return [Group(tuple(sites)) for sites in found.values()]
@@ -203,7 +203,7 @@ def error_of(one: Tried) -> str:
     return "–" if error is None else f"{error:.1e}"
 
 
-def facts(one: Tried) -> tuple[str, ...]:
+def measured_cells(one: Tried) -> tuple[str, ...]:
     """Median and spread in ms, runs, error, memory, what became of it."""
     found = one.measurement
     if found is None:

@@ -13,7 +13,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jax.extend.core import primitives as p
 
 from jaxlayout.convs.lowering import rereads
-from jaxlayout.convs.primitive import CONVOLUTIONS, Picker, conv_params, tuned_conv
+from jaxlayout.convs.primitive import CONVOLUTIONS, LoweringSelector, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import equations
@@ -29,15 +29,15 @@ _FUSED = ELEMENTWISE | _VIEWS | _CALLS
 """What XLA may put into one fusion with all its readers; of calls, if all that they run is of the kind."""
 
 
-def retrace(jaxpr: Any, plan: Plan, picker: Picker | None = None) -> Callable[..., list[Any]]:
-    """A function of the jaxpr's flat arguments that computes the same flat results under the plan. `picker`: chooses
+def retrace(jaxpr: Any, plan: Plan, selector: LoweringSelector | None = None) -> Callable[..., list[Any]]:
+    """A function of the jaxpr's flat arguments that computes the same flat results under the plan. `selector`: chooses
     the convolutions that JAX derives from those of the program, the plan's and the others.
 
     Raises ValueError where the plan does not fit the program.
     """
 
     def run(*args: Any) -> list[Any]:
-        outs = _Interpreter(plan, picker).region(jaxpr, [_lazy(x, _written(x)) for x in args], ())
+        outs = _Interpreter(plan, selector).region(jaxpr, [_lazy(x, _written(x)) for x in args], ())
         return [_in_order(x, _written(x)) for x in outs]
 
     return run
@@ -58,8 +58,8 @@ def _written(value: Any) -> Order:
 
 
 class _Interpreter:
-    def __init__(self, plan: Plan, picker: Picker | None):
-        self.choices, self.sealed_bytes, self.picker = plan.choices, plan.sealed_bytes, picker
+    def __init__(self, plan: Plan, selector: LoweringSelector | None):
+        self.choices, self.materialised_bytes, self.selector = plan.choices, plan.materialised_bytes, selector
         # Repeated blocks share one inner jaxpr: rebuilt the same way they are one function again.
         self.bodies: dict[Any, Callable[..., list[Any]]] = {}
         self.inside: dict[Path, tuple[tuple[Path, Mode], ...]] = {}
@@ -79,18 +79,18 @@ class _Interpreter:
                 return env[atom]
             return _lazy(atom.val, identity(rank_of(atom)))
 
-        dear: set[Any] = set()  # what costs much to compute, and that XLA may compute anew for each of its readers
+        costly: set[Any] = set()  # what costs much to compute, and that XLA may compute anew for each of its readers
         for i, eqn in enumerate(inner.eqns):
             operands = [read(atom) for atom in eqn.invars]
-            reads = [not isinstance(atom, Literal) and atom in dear for atom in eqn.invars]
+            reads = [not isinstance(atom, Literal) and atom in costly for atom in eqn.invars]
             with equation_scope(eqn):
                 results = self.equation(eqn, operands, (*path, i), reads[:1] == [True])
-            if _is_dear(eqn, any(reads)):
-                dear.update(var for var in eqn.outvars if rank_of(var))
+            if _is_costly(eqn, any(reads)):
+                costly.update(var for var in eqn.outvars if rank_of(var))
             env.update(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in inner.outvars]
 
-    def equation(self, eqn: Any, operands: Sequence[Any], path: Path, dear: bool) -> list[Any]:
+    def equation(self, eqn: Any, operands: Sequence[Any], path: Path, costly: bool) -> list[Any]:
         """The results of one equation; `dear`: its first operand is."""
         mode = self.choices.get(path)
         orders = _orders(eqn, mode, path)
@@ -102,10 +102,10 @@ class _Interpreter:
             if eqn.primitive not in CONVOLUTIONS:
                 raise misfit(eqn, path, "is not a convolution")
             numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
-            seal = dear and self.may_seal(arrays[0], mode.candidate.lowering)
-            name = f"sealed/{mode.candidate.lowering}" if seal else mode.candidate.lowering
+            materialises = costly and self.may_materialise(arrays[0], mode.candidate.lowering)
+            name = f"materialised/{mode.candidate.lowering}" if materialises else mode.candidate.lowering
             outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=name)
-        elif eqn.primitive in CONVOLUTIONS and self.picker is not None:
+        elif eqn.primitive in CONVOLUTIONS and self.selector is not None:
             outs = self.convolution(arrays, {"lowering": "xla"} | eqn.params)
         elif mode is None:
             outs = bind_equation(eqn, arrays)
@@ -116,16 +116,16 @@ class _Interpreter:
         return [_lazy(out, order) for out, order in zip(outs, orders.results, strict=True)]
 
     def convolution(self, arrays: Sequence[Any], params: Mapping[str, Any], **ours: Any) -> list[Any]:
-        return [tuned_conv(*arrays, **{**params, **ours, "picker": self.picker})]
+        return [tuned_conv(*arrays, **{**params, **ours, "selector": self.selector})]
 
-    def may_seal(self, lhs: Any, lowering: str) -> bool:
+    def may_materialise(self, lhs: Any, lowering: str) -> bool:
         """Whether an lhs that is costly to compute is written out for a lowering."""
-        small = self.sealed_bytes is None or lhs.size * lhs.dtype.itemsize <= self.sealed_bytes
+        small = self.materialised_bytes is None or lhs.size * lhs.dtype.itemsize <= self.materialised_bytes
         return small and rereads(lowering)
 
     def derives(self, eqn: Any) -> bool:
         """Whether an equation runs convolutions that others may be derived from."""
-        if self.picker is None or bodies_of(eqn) is None:
+        if self.selector is None or bodies_of(eqn) is None:
             return False
         return any(inner.primitive in CONVOLUTIONS for sub in jaxprs_in_params(eqn.params) for inner in equations(sub))
 
@@ -154,14 +154,14 @@ class _Interpreter:
         return self.bodies[key]
 
 
-def _is_dear(eqn: Any, reads_dear: bool) -> bool:
+def _is_costly(eqn: Any, reads_costly: bool) -> bool:
     """Whether an equation's results cost much to compute, by it or what may be fused with it, at each element."""
     if eqn.primitive not in _FUSED:
         return False
     steps = [eqn, *(one for sub in jaxprs_in_params(eqn.params) for one in equations(sub))]
     if any(one.primitive not in _FUSED for one in steps):
         return False
-    return reads_dear or any(one.primitive in TRANSCENDENTAL for one in steps)
+    return reads_costly or any(one.primitive in TRANSCENDENTAL for one in steps)
 
 
 def _orders(eqn: Any, mode: Mode | None, path: Path) -> Orders:

@@ -156,8 +156,8 @@ def unspecified_sharding() -> Any:
 
 
 def jit_info(jitted: Any) -> Any:
-    """All that `jax.jit` was told about a function that it has compiled. No public call gives the compiler options
-    (they are refused in any nested trace), so this reads an attribute; TypeError where it is gone."""
+    """All the keywords that `jax.jit` had for a function that it has compiled. No public call gives the compiler
+    options (they are refused in any nested trace), so this reads an attribute; TypeError where it is gone."""
     info = getattr(jitted, "_jit_info", None)
     if info is None:
         raise TypeError(

@@ -34,10 +34,10 @@ def file_lock(path: str | os.PathLike[str], timeout: float, what: str) -> Iterat
     deadline = time.monotonic() + timeout
     locked = False
     try:
-        told = False
+        reported = False
         while not (locked := _try_lock(descriptor)):
-            if not told:
-                told = True
+            if not reported:
+                reported = True
                 logger.info("process %s is %s (%s): waiting for it", _read_holder(descriptor), what, path)
             left = deadline - time.monotonic()
             if left <= 0:

@@ -37,8 +37,8 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    told = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _LARGEST, _M_ARENA_MAX: 1}
-    took = all([mallopt(option, value) for option, value in told.items()])
+    settings = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: _LARGEST, _M_ARENA_MAX: 1}
+    took = all([mallopt(option, value) for option, value in settings.items()])
     keeps_freed_memory.cache_clear()  # after it: another thread may look meanwhile
     return took
 

@@ -18,11 +18,11 @@ from jaxlayout.runtime.settings import for_tuning, under
 def default_device() -> Any:
     """The device that this thread computes on."""
     config: Any = jax.config
-    told = config.jax_default_device
-    if isinstance(told, str):
-        return jax.local_devices(backend=told)[0]
+    named = config.jax_default_device
+    if isinstance(named, str):
+        return jax.local_devices(backend=named)[0]
     # Local: in a multi-process program jax.devices()[0] may be another machine's.
-    return jax.local_devices()[0] if told is None else told
+    return jax.local_devices()[0] if named is None else named
 
 
 class Workers(ThreadPoolExecutor):
@@ -32,8 +32,8 @@ class Workers(ThreadPoolExecutor):
     def __init__(self, count: int, device: Any = None):
         super().__init__(count, thread_name_prefix="jaxlayout")
         config: Any = jax.config
-        told = config.jax_default_device is not None
-        self._device = default_device() if device is None and told else device
+        named = config.jax_default_device is not None
+        self._device = default_device() if device is None and named else device
         self._settings = for_tuning()
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -46,7 +46,7 @@ class Workers(ThreadPoolExecutor):
         return super().submit(work)
 
 
-def apart(work: Callable[[threading.Event], Any], device: Any = None) -> Any:
+def in_own_thread(work: Callable[[threading.Event], Any], device: Any = None) -> Any:
     """What `work` gives, in a thread of its own. An interrupt, or whatever else a signal's handler raises meanwhile,
     sets the event that it is handed, and goes on when the work has come to its end."""
     stop = threading.Event()

@@ -53,24 +53,24 @@ def holdings(rows: Mapping[str, Iterable[Row]]) -> list[Holding]:
     """What the rows that `look` found hold of each environment, the last written first."""
     signatures: dict[str, list[str]] = {}
     plans: dict[str, int] = {}
-    told: dict[str, tuple[Mapping[str, Any] | None, float | None]] = {}
+    described: dict[str, tuple[Mapping[str, Any] | None, float | None]] = {}
     for env, signature, *_ in rows["measurements"]:
         signatures.setdefault(env, []).append(signature)
     for env, function, _, _, payload in rows["plans"]:
         if function == ENVIRONMENT:
-            told[env] = _told(payload)
+            described[env] = _described(payload)
         else:
             plans[env] = plans.get(env, 0) + 1
     found = [
         Holding(
             env=env,
-            environment=told.get(env, (None, None))[0],
-            written=told.get(env, (None, None))[1],
+            environment=described.get(env, (None, None))[0],
+            written=described.get(env, (None, None))[1],
             signatures=len(set(signatures.get(env, ()))),
             measurements=len(signatures.get(env, ())),
             plans=plans.get(env, 0),
         )
-        for env in dict.fromkeys((*signatures, *plans, *told))
+        for env in dict.fromkeys((*signatures, *plans, *described))
     ]
     return sorted(found, key=lambda holding: holding.written or 0.0, reverse=True)
 
@@ -83,7 +83,7 @@ def places(found: Sequence[Holding]) -> list[list[Holding]]:
     return list(together.values())
 
 
-def _told(payload: str) -> tuple[Mapping[str, Any] | None, float | None]:
+def _described(payload: str) -> tuple[Mapping[str, Any] | None, float | None]:
     """What a table says of an environment, which may come from anywhere."""
     value = json.loads(payload)
     environment, written = (value.get("environment"), value.get("written")) if isinstance(value, dict) else (None, None)

@@ -25,8 +25,8 @@ class FirstRun:
     def __init__(self, jaxpr: Any, plan: Plan, proofs: Proofs):
         self._table, self._environment = proofs.table, proofs.environment
         self._program = f"program {program_key(jaxpr).function}"
-        told = plan.to_json()
-        chosen = [told[name] for name in ("choices", "compiler_options", "sealed_bytes")]
+        data = plan.to_json()
+        chosen = [data[name] for name in ("choices", "compiler_options", "materialised_bytes")]
         self._plan = hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()[:16]
         self._marker = Marker.of(proofs.table.asked, proofs.environment, self._program, self._plan)
         self.awaited = True

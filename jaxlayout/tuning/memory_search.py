@@ -80,9 +80,9 @@ def hungriest(
             continue
         needs[key] = conv.nbytes + temp(conv, chosen)
         alike = {chosen.lowering} | {
-            way.lowering
+            candidate.lowering
             for m in node.modes
-            if (way := m.candidate) is not None and temp(conv, way) >= max(1, temp(conv, chosen))
+            if (candidate := m.candidate) is not None and temp(conv, candidate) >= max(1, temp(conv, chosen))
         }
         if written.candidate is not None:
             alike.discard(written.candidate.lowering)

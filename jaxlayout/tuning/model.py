@@ -61,10 +61,10 @@ class CostModel:
     def known(self, key: str) -> dict[str, Measurement]:
         """The measurements of a signature or transpose, by candidate id."""
         if key not in self._known:
-            self._known[key] = self._told(key)
+            self._known[key] = self._stored(key)
         return self._known[key]
 
-    def _told(self, key: str) -> dict[str, Measurement]:
+    def _stored(self, key: str) -> dict[str, Measurement]:
         found = self.table.measurements(self.environment, key)
         return {name: one for name, one in found.items() if one.status != "memory" or not self._fits(one)}
 
@@ -87,7 +87,7 @@ class CostModel:
 
     def learned(self, job: Job) -> bool:
         """Whether the table knows all of a job by now: another process may have measured it meanwhile."""
-        self._known[job.key] = self._told(job.key)
+        self._known[job.key] = self._stored(job.key)
         return job.alternatives.keys() <= self._known[job.key].keys()
 
     def measurement(self, conv: ConvSignature, candidate: Candidate) -> Measurement | None:
@@ -106,7 +106,7 @@ class CostModel:
     def node_ns(self, node: Node, mode: Mode) -> float:
         """`site_ns` of a graph's convolution. What is not as the user wrote it must be faster by more than the
         noise of its measurement. The form written is always allowed, since it is what runs without us; it costs
-        dearly where it was measured to fail."""
+        much where it was measured to fail."""
         if node.work is not None:
             cost = self.work_ns(node.work, mode)
             return cost if np.isfinite(cost) or mode != node.modes[0] else 0.0
@@ -155,12 +155,12 @@ class CostModel:
 
     def missing_convolutions(self, graph: LayoutGraph) -> list[Job]:
         """The jobs that would tell all that a graph's solver may ask of its convolutions, each once."""
-        ways: dict[ConvSignature, dict[Candidate, None]] = {}
+        wanted: dict[ConvSignature, dict[Candidate, None]] = {}
         for node in graph.sites:
             if node.conv is not None:
-                ways.setdefault(node.conv, {}).update(dict.fromkeys(m.candidate for m in node.modes if m.candidate))
+                wanted.setdefault(node.conv, {}).update(dict.fromkeys(m.candidate for m in node.modes if m.candidate))
         jobs = []
-        for conv, found in ways.items():
+        for conv, found in wanted.items():
             new = [c for c in found if self.measurement(conv, c) is None]
             if new:  # the written one is timed again beside them: only times of one run compare
                 jobs.append(conv_job(conv, list(dict.fromkeys((next(iter(found)), *new)))))

@@ -112,11 +112,22 @@ def decide(
     try:
         if options.policy == "channels_last":
             return force(jaxpr, LayoutPolicy.for_device(), context, _invariant(jaxpr, frozen))
-        told, original = (compiler_options, choose_options), jaxpr if written is None else written
-        if args is not None:
-            shardings = [getattr(x, "sharding", None) for x in args]
-        rest = shardings, executor, progress, stop, waited
-        pipeline = Pipeline(TuningRequest(jaxpr, args, options, context, *told, frozen, original, *rest))
+        request = TuningRequest(
+            jaxpr,
+            args,
+            options,
+            context=context,
+            compiler_options=compiler_options,
+            choose_options=choose_options,
+            frozen=frozen,
+            original=jaxpr if written is None else written,
+            shardings=shardings if args is None else [getattr(x, "sharding", None) for x in args],
+            executor=executor,
+            progress=progress,
+            stop=stop,
+            waited=waited,
+        )
+        pipeline = Pipeline(request)
         if (stored := pipeline.stored()) is not None:
             return stored
         if died := pipeline.marker.left():
@@ -173,7 +184,7 @@ class Pipeline:
         self.jaxpr, self.options = request.jaxpr, request.options
         self.context: Context = request.context
         self.frozen, self.progress, self.stop = request.frozen, request.progress, request.stop
-        self.compiler_options: CompilerOptions = {**(request.told or {}), **extra} or None
+        self.compiler_options: CompilerOptions = {**(request.compiler_options or {}), **extra} or None
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
@@ -196,7 +207,7 @@ class Pipeline:
             self.spender = process_budget.spender()
             timeout, waiting = self.options.lock_timeout, self.spender.waiting
             self.turns = Turns(timeout, self.stop, waiting=waiting, waited=request.waited)
-            self.verifier = Verifier(request, request.told, self.turns, self.marker)
+            self.verifier = Verifier(request, request.compiler_options, self.turns, self.marker)
         else:
             self.spender, self.turns = without.spender, without.turns
             self.verifier = without.verifier.under(self.compiler_options)
@@ -218,8 +229,8 @@ class Pipeline:
         return OPTION_SETS.get(self.device.platform, ()) if self.request.choose_options else ()
 
     def proofs_under(self, extra: Mapping[str, str]) -> Proofs:
-        """`proofs_of`, under compiler options beside those told."""
-        return proofs_of(self.options, self.request.told, extra, self.stop)
+        """`proofs_of`, under compiler options beside the user's."""
+        return proofs_of(self.options, self.request.compiler_options, extra, self.stop)
 
     @cached_property
     def proofs(self) -> Proofs:
@@ -231,9 +242,11 @@ class Pipeline:
         wanted = set(near.values())
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
-            ways = self.model.candidates(conv, written, relaxed=self.options.relaxed)
-            ways = [way for way in ways if way == written or self.worth(conv, way, wanted)]
-            return [way for way in ways if way == written or self.offers(way.lowering)]
+            candidates = self.model.candidates(conv, written, relaxed=self.options.relaxed)
+            candidates = [
+                candidate for candidate in candidates if candidate == written or self.worth(conv, candidate, wanted)
+            ]
+            return [candidate for candidate in candidates if candidate == written or self.offers(candidate.lowering)]
 
         invariant = _invariant(self.jaxpr, self.frozen)
         return build_graph(self.jaxpr, enumerate_candidates, self.context, invariant, self.divided)
@@ -242,13 +255,13 @@ class Pipeline:
         """Whether it can be seen first that forms of a lowering run, where that has to be."""
         return not may_crash(lowering) or self.proofs.offers(lowering)
 
-    def worth(self, conv: ConvSignature, way: Candidate, wanted: Collection[Candidate]) -> bool:
+    def worth(self, conv: ConvSignature, candidate: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
         without the compiler options now on trial."""
         if self.without is not None:
-            before = self.without.model.measurement(conv, way)
+            before = self.without.model.measurement(conv, candidate)
             return before is not None and before.status == "ok"
-        return not wanted or way in wanted
+        return not wanted or candidate in wanted
 
     def run(self) -> Outcome:
         near = self.plans.nearest()
@@ -275,11 +288,11 @@ class Pipeline:
         """An outcome without the largest arrays that its plan has written out before convolutions that read them often;
         None where there are none."""
         convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, outcome.plan))(*self.request.shapes))
-        found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("sealed/")]
+        found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("materialised/")]
         if not found:
             return None
         largest = max(eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found)
-        plan = replace(outcome.plan, sealed_bytes=largest // 2)
+        plan = replace(outcome.plan, materialised_bytes=largest // 2)
         return replace(outcome, plan=plan, verdict=self.judge(plan))
 
     def may_choose(self, outcome: Outcome) -> bool:
@@ -322,11 +335,11 @@ class Pipeline:
         count = 0
         for node in graph.sites:
             mode = plan.choices.get(node.path, node.modes[0])
-            conv, way = node.conv, mode.candidate
-            if conv is None or way is None or mode == node.modes[0] or not may_crash(way.lowering):
+            conv, candidate = node.conv, mode.candidate
+            if conv is None or candidate is None or mode == node.modes[0] or not may_crash(candidate.lowering):
                 continue
-            if (found := self.proofs(conv, way)).status != "ok":
-                self.model.record(conv.key, {candidate_id(way): found})
+            if (found := self.proofs(conv, candidate)).status != "ok":
+                self.model.record(conv.key, {candidate_id(candidate): found})
                 count += 1
         return count
 

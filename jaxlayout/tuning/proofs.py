@@ -14,8 +14,8 @@ from jaxlayout.measure.contained import Proofs
 
 def needs_proof(plan: Plan) -> bool:
     """Whether anything in a plan may crash."""
-    ways = [mode.candidate for mode in plan.choices.values()]
-    return any(way is not None and may_crash(way.lowering) for way in ways)
+    candidates = [mode.candidate for mode in plan.choices.values()]
+    return any(candidate is not None and may_crash(candidate.lowering) for candidate in candidates)
 
 
 def check_runs(jaxpr: Any, plan: Plan, proofs: Callable[[], Proofs]) -> None:

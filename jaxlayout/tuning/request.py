@@ -1,4 +1,4 @@
-"""`Task`: a program to be tuned, and how."""
+"""`TuningRequest`: a program to be tuned, and how."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class TuningRequest:
     args: Sequence[Any] | None
     options: Options
     context: Context
-    told: CompilerOptions
-    """The compiler options given."""
+    compiler_options: CompilerOptions
+    """Those of the user."""
     choose_options: bool
     frozen: Sequence[bool]
     original: Any

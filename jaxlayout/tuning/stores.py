@@ -35,10 +35,10 @@ def open_table(path: str | None) -> CostTable:
 
 
 def proofs_of(
-    options: Options, told: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
+    options: Options, compiler_options: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
 ) -> Proofs:
     """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
-    compiler_options = {**(told or {}), **extra} or None
+    compiler_options = {**(compiler_options or {}), **extra} or None
     path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
     table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
     return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)

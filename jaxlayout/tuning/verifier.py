@@ -25,10 +25,10 @@ from jaxlayout.verify.accuracy import Accuracy, accuracies
 
 
 class Verifier:
-    """Compiles and runs the original of a task once, and each program that it is held against."""
+    """Compiles and runs the original of a request once, and each program that it is held against."""
 
     def __init__(self, request: TuningRequest, compiler_options: CompilerOptions, turns: Turns, marker: Marker):
-        """`compiler_options`: of the programs under a plan; the original has those that the user told. `turns`: how it
+        """`compiler_options`: of the programs under a plan; the original has the user's. `turns`: how it
         stands in line to time. `marker`: is there while a program under a plan is tried for the first time."""
         self.request, self.compiler_options, self.turns, self.marker = request, compiler_options, turns, marker
         self.best: tuple[Compiled, float] | None = None
@@ -89,13 +89,13 @@ class Verifier:
 
     @cached_property
     def original(self) -> Compiled:
-        """The original, compiled as the user told."""
+        """The original, compiled with the user's options."""
         request = self.request
 
         def replay(*flat: Any) -> list[Any]:
             return eval_equations(request.original, flat)  # frozen or not, every time all of it
 
-        return compile_in(request.context, replay, request.shapes, request.told)
+        return compile_in(request.context, replay, request.shapes, request.compiler_options)
 
     @cached_property
     def trial_arguments(self) -> Sequence[Any]:

@@ -260,20 +260,20 @@ def compare(
                 return Comparison(math.inf, tuple(noise), why)
             continue
         x, y = _wide(a), _wide(b)
-        apart, tolerance = _apart(x, y), accuracy[i].tolerance(relax)
-        if apart <= tolerance:
-            worst = max(worst, apart)
-        elif not (own := _apart(x, _wide(again()[i]))) <= tolerance:
-            return Comparison(max(worst, apart), tuple(noise), f"output {i} {unsteady}, by {own:.2g} of its rms")
-        elif apart <= 4 * max((_apart(x, _wide(draw)) for draw in moved(i)), default=0.0):
+        deviation, tolerance = _deviation(x, y), accuracy[i].tolerance(relax)
+        if deviation <= tolerance:
+            worst = max(worst, deviation)
+        elif not (own := _deviation(x, _wide(again()[i]))) <= tolerance:
+            return Comparison(max(worst, deviation), tuple(noise), f"output {i} {unsteady}, by {own:.2g} of its rms")
+        elif deviation <= 4 * max((_deviation(x, _wide(draw)) for draw in moved(i)), default=0.0):
             noise.append(i)
         else:
-            why = f"output {i} differs by {apart:.2g} of its rms, {tolerance:.2g} is allowed"
-            return Comparison(max(worst, apart), tuple(noise), why)
+            why = f"output {i} differs by {deviation:.2g} of its rms, {tolerance:.2g} is allowed"
+            return Comparison(max(worst, deviation), tuple(noise), why)
     return Comparison(worst, tuple(noise))
 
 
-def _apart(x: np.ndarray, y: np.ndarray) -> float:
+def _deviation(x: np.ndarray, y: np.ndarray) -> float:
     """The largest difference relative to the rms of x; infinite where NaN or Inf are in other places, and where x is
     nothing but zeros and y is not."""
     finite = np.isfinite(x)

@@ -38,7 +38,7 @@ class Rows(Lowering):
     convolves = False
     version = 2
     rereads = True
-    in_turn = True
+    batch_sequential = True
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         fits = conv.batch_groups > 1 and conv.rank > 0 and all(d == 1 for d in conv.lhs_dilation)

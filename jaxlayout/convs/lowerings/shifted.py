@@ -12,7 +12,7 @@ from jax import lax
 from jax import numpy as jnp
 
 from jaxlayout.convs.lowering import Lowering
-from jaxlayout.convs.seal import seal
+from jaxlayout.convs.materialise import materialise
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 from jaxlayout.runtime._compat import BARRIERS_STAY
@@ -101,7 +101,7 @@ class Shifted(Lowering):
         if not rows:
             return lax.full(shape, 0, conv.out_dtype)
         out = lax.reshape(reduce(lax.add, rows.values()), shape).astype(conv.out_dtype)
-        return seal(out, prepared)  # or the taps would go into the fusion of each consumer
+        return materialise(out, prepared)  # or the taps would go into the fusion of each consumer
 
 
 def _span(at: int, size: int, stride: int, outputs: int) -> tuple[int, int]:

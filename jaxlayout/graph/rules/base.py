@@ -79,7 +79,7 @@ class Body:
     jaxpr: Any
     times: float = 1.0
     """How often, each time the equation runs."""
-    apart: bool = False
+    own_computation: bool = False
     """Whether it is compiled as a computation of its own: a loop's body, a branch."""
 
 

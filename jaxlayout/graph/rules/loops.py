@@ -47,13 +47,15 @@ def _rebuild_scan(eqn: Any, bodies: Bodies, operands: Sequence[Any], orders: Ord
 register_rule(
     p.scan_p,
     RegionRule(
-        lambda eqn: (Body(eqn.params["jaxpr"], float(eqn.params["length"]), apart=True),), _scan_ports, _rebuild_scan
+        lambda eqn: (Body(eqn.params["jaxpr"], float(eqn.params["length"]), own_computation=True),),
+        _scan_ports,
+        _rebuild_scan,
     ),
 )
 
 
 def _while_bodies(eqn: Any) -> tuple[Body, ...]:
-    return tuple(Body(eqn.params[f"{name}_jaxpr"], WHILE_TRIPS, apart=True) for name in ("cond", "body"))
+    return tuple(Body(eqn.params[f"{name}_jaxpr"], WHILE_TRIPS, own_computation=True) for name in ("cond", "body"))
 
 
 def _while_ports(eqn: Any) -> tuple[Port, ...]:
@@ -89,7 +91,7 @@ register_rule(p.while_p, RegionRule(_while_bodies, _while_ports, _rebuild_while)
 
 def _cond_bodies(eqn: Any) -> tuple[Body, ...]:
     branches = eqn.params["branches"]
-    return tuple(Body(branch, 1 / len(branches), apart=True) for branch in branches)
+    return tuple(Body(branch, 1 / len(branches), own_computation=True) for branch in branches)
 
 
 def _cond_ports(eqn: Any) -> tuple[Port, ...]:

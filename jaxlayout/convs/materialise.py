@@ -1,4 +1,4 @@
-"""`seal`: a value that is computed once, whoever reads it."""
+"""`materialise`: a value that is computed once, whoever reads it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import lax
 from jaxlayout.runtime._compat import BARRIERS_STAY
 
 
-def seal(x: jax.Array, by: jax.Array) -> jax.Array:
+def materialise(x: jax.Array, by: jax.Array) -> jax.Array:
     """The same values. XLA:CPU puts what is elementwise into the fusion of each of its readers, where it is computed as
     often as it is read; this stays outside.
 

@@ -1,4 +1,4 @@
-"""`sealed`: any lowering, of an lhs that is computed once before."""
+"""`materialised`: any lowering, of an lhs that is computed once before."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,17 +6,17 @@ from typing import Any
 import jax
 
 from jaxlayout.convs.lowering import Composite, Convolve, lowering_named
-from jaxlayout.convs.seal import seal
+from jaxlayout.convs.materialise import materialise
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
 
-class Sealed(Composite):
+class Materialised(Composite):
     """The lowering inside, for where lhs is the result of something costly that XLA would fuse with it, and so compute
     anew for each tap. Never a candidate: by itself it computes what the one inside does, in the same time. The
     interpreter puts it where lhs is of that kind."""
 
-    name = "sealed"
+    name = "materialised"
 
     def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         return ()
@@ -28,9 +28,9 @@ class Sealed(Composite):
         return lowering_named(self.inner).prepare(conv, dims, rhs)
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
-        return lowering_named(self.inner).apply(conv, dims, seal(lhs, lhs), prepared)
+        return lowering_named(self.inner).apply(conv, dims, materialise(lhs, lhs), prepared)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve
     ) -> jax.Array:
-        return convolve(conv, dims, seal(lhs, lhs), rhs)
+        return convolve(conv, dims, materialise(lhs, lhs), rhs)
