@@ -118,7 +118,7 @@ class _Call:
     kwargs: dict[str, Any]
     executor: Executor | None = None
     run: bool = True
-    """Whether the arguments are for the judge, and the function runs."""
+    """Whether the arguments are for the verifier, and the function runs."""
     first: FirstRun | None = None
     """The record of its first run, where that may take the process down."""
     outer: _Call | None = field(init=False)

@@ -245,7 +245,7 @@ class Frozen:
         chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, selector)
         expanded = flattened(chosen, arrays, expand=not whole)
         split = Split.of(expanded, frozen)
-        if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the judge has seen what it needs
+        if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the verifier has seen what it needs
             given, kept = split.nbytes
             if kept - given > allowance(given, self._tuner.options.memory_limit):
                 split = Split.unprepared(expanded, frozen)

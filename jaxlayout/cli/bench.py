@@ -104,7 +104,7 @@ def _contenders(fun: Any, options: dict[str, Any]) -> tuple[Callable[..., Any], 
 
 
 def _real(tree: Any) -> Any:
-    """Arrays in place of mere types, drawn as the judge draws them."""
+    """Arrays in place of mere types, drawn as the verifier draws them."""
     import jax
 
     from jaxlayout.verify.accept import draws

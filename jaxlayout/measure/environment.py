@@ -102,7 +102,7 @@ class Environment:
     cores: int
     """Cores this process may run on, or fewer where the control group's quota is lower."""
     allocator: str
-    """As `memory.allocator` tells."""
+    """As `malloc.allocator` says."""
     variables: Pairs
     config: Pairs
 

@@ -2,7 +2,7 @@
 `conv(x, k) * s + b` is `conv(x, k * s) + b`, and where `k`, `s` and `b` are invariant the product is taken once.
 
 Batch normalisation in inference, `(conv - mean) * (rsqrt(var + eps) * gamma) + beta`, is a chain of such steps. This
-rounds the kernel anew, so, like a new order, it is for the judge of the whole function to allow.
+rounds the kernel anew, so, like a new order, it is for the verifier of the whole function to allow.
 """
 
 from __future__ import annotations

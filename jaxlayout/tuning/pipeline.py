@@ -170,7 +170,7 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
             written = (known and known.temp_bytes) or 0
             more = allowance(node.conv.nbytes + written, options.memory_limit)
             most[node.conv.key] = written + more
-    return pipeline.solve(graph, replace(pipeline.model, most=most))[0]
+    return pipeline.solve_measured(graph, replace(pipeline.model, most=most))[0]
 
 
 class Pipeline:
@@ -275,7 +275,7 @@ class Pipeline:
 
         def planned(costs: CostModel) -> Outcome | None:
             nonlocal timed
-            plan, more = self.solve(graph, costs)
+            plan, more = self.solve_measured(graph, costs)
             timed += more
             if self.stop.is_set():
                 return None
@@ -316,7 +316,7 @@ class Pipeline:
         anew = pipeline.run()
         return anew if anew.kept and (anew.verdict.ratio or 1.0) > (same.verdict.ratio or 1.0) else same
 
-    def solve(self, graph: LayoutGraph, costs: CostModel) -> tuple[Plan, int]:
+    def solve_measured(self, graph: LayoutGraph, costs: CostModel) -> tuple[Plan, int]:
         """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
         Those that no plan wants are never measured."""
         measured = 0
@@ -399,7 +399,7 @@ class Pipeline:
         return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
 
     def judge(self, plan: Plan) -> Verdict:
-        """`Judge.verdict`."""
+        """What the verifier says of the program under a plan."""
         return self.verifier.verdict(plan, seen=self.complete)
 
 

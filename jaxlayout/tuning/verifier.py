@@ -1,4 +1,4 @@
-"""`Judge`: the program under a plan held against the original, both as a whole."""
+"""`Verifier`: the program under a plan held against the original, both as a whole."""
 
 from __future__ import annotations
 
