@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
-
-from jaxlayout.runtime.timing import Paired, lasting, paired, sample
+from jaxlayout.runtime.timing import Paired, lasting, paired, sample, timed_call
 
 __all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
 
@@ -26,9 +23,8 @@ Contender = Callable[[], Any]
 
 def first_call(f: Callable[..., Any], *args: Any) -> tuple[Any, float]:
     """What a function gives, and the seconds until it is there."""
-    start = time.perf_counter()
-    out = jax.block_until_ready(f(*args))
-    return out, time.perf_counter() - start
+    out, ns = timed_call(lambda: f(*args))
+    return out, ns / 1e9
 
 
 def in_turn(contenders: Mapping[str, Contender], rounds: int) -> dict[str, list[float]]:

@@ -23,7 +23,7 @@ class Clock:
     def __init__(self, monkeypatch):
         self.ns = 0
         here = SimpleNamespace(perf_counter_ns=lambda: self.ns, monotonic=lambda: self.ns / 1e9)
-        for module in (timing, race, measure):
+        for module in (timing, race):
             monkeypatch.setattr(module, "time", here)
 
     def running(self, *takes: float, log: list[float] | None = None):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -64,16 +63,13 @@ def measured_noise(seconds: float) -> Noise:
     import jax
     import jax.numpy as jnp
 
+    from jaxlayout.runtime.timing import samples
+
     x = jnp.full((768, 768), 1 / 768, jnp.float32)
     product = jax.jit(jnp.matmul)
     for _ in range(3):
         jax.block_until_ready(product(x, x))
-    times: list[int] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 9 or time.perf_counter() < end:
-        start = time.perf_counter_ns()
-        jax.block_until_ready(product(x, x))
-        times.append(time.perf_counter_ns() - start)
+    times = samples(lambda: product(x, x), seconds, fewest=9)
     low, median, high = statistics.quantiles(times, n=4)
     slow = sum(one > OUTLIER * median for one in times) / len(times)
     return Noise(median_ns=median, spread=(high - low) / 2 / median, outliers=slow, runs=len(times))

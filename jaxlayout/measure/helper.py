@@ -18,7 +18,6 @@ import select
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,6 +38,7 @@ from jaxlayout.layout import ConvDimensionNumbers
 from jaxlayout.measure.environment import current_environment, settings
 from jaxlayout.measure.jobs import CompilerOptions, candidate_id, compile_in, conv_job, program_hash
 from jaxlayout.runtime.malloc import NANS, amid, keep_freed_memory
+from jaxlayout.runtime.timing import timed_call
 from jaxlayout.table.measurement import Measurement, failed
 
 CROWD = 4
@@ -177,12 +177,11 @@ def prove(
         temp = alone.program.memory_analysis().temp_size_in_bytes
         if memory_bytes is not None and temp > memory_bytes:
             return failed("memory", f"needs {temp} bytes of temporary memory, {memory_bytes} are allowed")
-        outs, ns = [], 0
+        outs, ns = [], 0.0
         for fill, operands in ((ZEROS, quiet), (ZEROS, quiet), (NANS, noisy)):
             _scribble(fill, (lhs.nbytes, rhs.nbytes, temp, *(out.nbytes for out in outs[:1])))
-            start = time.perf_counter_ns()
-            outs.append(np.array(alone(*operands)))
-            ns = time.perf_counter_ns() - start
+            out, ns = timed_call(partial(alone, *operands))
+            outs.append(np.array(out))
         if not _same(outs[0], outs[1]):
             return failed("wrong", "it gives another result each time")
         if not _same(outs[0], outs[2]):
@@ -209,7 +208,7 @@ def prove(
             return failed("wrong", f"error {worst:.3g}, allowed {allowed:.3g}", error=worst)
     return Measurement(
         status="ok",
-        median_ns=float(ns),
+        median_ns=ns,
         spread_ns=None,
         runs=len(outs),
         error=worst,

@@ -11,7 +11,6 @@ import hashlib
 import logging
 import re
 import statistics
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ from jaxlayout.measure.turns import NoTurn, Turns
 from jaxlayout.runtime.limits import memory_left
 from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.runtime.threads import Workers, default_device
-from jaxlayout.runtime.timing import lasting
+from jaxlayout.runtime.timing import lasting, timed_call
 from jaxlayout.table.measurement import Measurement, Status, failed
 
 logger = logging.getLogger("jaxlayout")
@@ -227,9 +226,7 @@ class _Trial:
         return failed(status, detail, error=self.error, temp_bytes=self.temp_bytes, program=self.program)
 
     def warm_up(self) -> Any:
-        start = time.perf_counter_ns()
-        out = jax.block_until_ready(self.run())
-        self.warming = float(time.perf_counter_ns() - start)
+        out, self.warming = timed_call(self.run)
         return out
 
     def first(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxlayout.runtime.timing import Run, samples
 from jaxlayout.table.measurement import Measurement
 
 KEY = "peaks"
@@ -22,8 +22,6 @@ LONG_NS = 1_000_000
 """Sizes double until one run takes this long: by then what a call costs in itself does not matter."""
 SECONDS = 0.02
 """Spent on each of them."""
-
-Run = Callable[[], Any]
 
 
 @dataclass(slots=True)
@@ -67,11 +65,7 @@ class Peaks:
 
     def _time(self, unit: str, work: int, run: Run, seconds: float) -> float:
         """The fastest of at least three runs; kept where it is a record."""
-        times, end = [], time.perf_counter() + seconds
-        while len(times) < 3 or time.perf_counter() < end:
-            start = time.perf_counter_ns()
-            jax.block_until_ready(run())
-            times.append(time.perf_counter_ns() - start)
+        times = samples(run, seconds, fewest=3)
         each = max(1, min(times)) / work * 1e6
         known = self.records.get(unit)
         if known is None or each < (known.median_ns or 0.0):

@@ -48,6 +48,21 @@ class Paired:
         return times | {"ratio": self.ratio, "spread": self.spread, "pairs": self.pairs}
 
 
+def timed_call(run: Run) -> tuple[Any, float]:
+    """What a call gives, and the nanoseconds until it is there."""
+    start = time.perf_counter_ns()
+    out = jax.block_until_ready(run())
+    return out, float(time.perf_counter_ns() - start)
+
+
+def samples(run: Run, seconds: float, fewest: int) -> list[float]:
+    """Nanoseconds of each of the calls that fit into so many seconds, and of at least so many."""
+    stop, found = time.monotonic() + seconds, []
+    while len(found) < fewest or time.monotonic() < stop:
+        found.append(timed_call(run)[1])
+    return found
+
+
 def sample(run: Run, repeat: int) -> float:
     """Nanoseconds of a call, of so many in a row."""
     start = time.perf_counter_ns()

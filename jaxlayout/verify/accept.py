@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from jaxlayout.measure.jobs import WARM_NS, Compiled
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.runtime.plain_data import flag, integer, number, one_of, optional, shown, text
+from jaxlayout.runtime.timing import timed_call
 from jaxlayout.verify.accuracy import Accuracy
 from jaxlayout.verify.race import race
 
@@ -126,10 +126,10 @@ def accept(
         return Verdict(kept=False, cause="collectives", reason=reason, **seen)
     if args is None:
         return Verdict(kept=True, cause="untried", reason="not run", **seen)
-    expected, first = _timed(before, args)
+    expected, first = timed_call(partial(before, *args))
     try:
         with first_run():
-            found, second = _timed(after, args)
+            found, second = timed_call(partial(after, *args))
     except Exception as error:
         return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **seen)
     compared = compare(before, args, expected, found, accuracy, relax)
@@ -138,7 +138,7 @@ def accept(
         return Verdict(kept=False, cause="numbers", reason=compared.reason, **seen)
     if not timed:
         return Verdict(kept=True, cause="untried", reason="timing was not asked for", **seen)
-    if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * _timed(before, args)[1]:
+    if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * timed_call(partial(before, *args))[1]:
         reason = f"its first run took {second / first:.1f} times the original's"
         return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **seen)
     other, ahead = rival or (before, 1.0)
@@ -323,12 +323,6 @@ def _rounded(args: Sequence[Any], eps: float, seed: int) -> list[Any] | None:
         return jax.device_put(moved.astype(array.dtype), x.sharding)
 
     return [one(x) if fine(x) else x for x in args] if any(map(fine, args)) else None
-
-
-def _timed(compiled: Any, args: Sequence[Any]) -> tuple[Sequence[Any], float]:
-    start = time.perf_counter_ns()
-    out = jax.block_until_ready(compiled(*args))
-    return out, float(time.perf_counter_ns() - start)
 
 
 def liveliest(run: Callable[..., Sequence[Any]], arguments: Iterable[Sequence[Any]]) -> Sequence[Any]:
