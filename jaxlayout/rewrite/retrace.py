@@ -91,7 +91,7 @@ class _Interpreter:
         return [read(atom) for atom in inner.outvars]
 
     def equation(self, eqn: Any, operands: Sequence[Any], path: Path, costly: bool) -> list[Any]:
-        """The results of one equation; `dear`: its first operand is."""
+        """The results of one equation; `costly`: its first operand is."""
         mode = self.choices.get(path)
         orders = _orders(eqn, mode, path)
         arrays = [_in_order(x, order) for x, order in zip(operands, orders.operands, strict=True)]
