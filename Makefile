@@ -1,6 +1,6 @@
 # Needs Python 3.11 or later and nothing else: PYTHON= chooses which one, JAX= which version of jax (`make test
 # PYTHON=python3.12 JAX=0.11.2`), or else the newest that this Python can have. Each pair has an environment of its own in
-# .venv/, made at the first use and brought up to date whenever pyproject.toml has changed.
+# .venv/, made at the first use and brought up to date whenever pyproject.toml or the version has changed.
 
 PYTHON ?= python3
 JAX ?=
@@ -47,7 +47,7 @@ typecheck: $(VENV)/installed-test
 	    echo '*** pyright does not start here: TYPES ARE NOT CHECKED ***' >&2; \
 	fi
 
-$(VENV)/installed-%: pyproject.toml
+$(VENV)/installed-%: pyproject.toml jaxlayout/__init__.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) pip install --quiet --editable '.[$*]' $(JAX:%=jax==%)
