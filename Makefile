@@ -1,15 +1,18 @@
 # Needs Python 3.11 or later and nothing else: PYTHON= chooses which one, JAX= which version of jax (`make test
 # PYTHON=python3.12 JAX=0.11.2`), or else the newest that this Python can have. Each pair has an environment of its own in
-# .venv/, made at the first use and brought up to date whenever pyproject.toml has changed.
+# .venv/, made at the first use and brought up to date whenever pyproject.toml or the version has changed; that of
+# JAX=nightly has each time what was built last.
 
 PYTHON ?= python3
 JAX ?=
+# Where JAX=nightly is from, as JAX's installation guide says: https://docs.jax.dev/en/latest/installation.html
+NIGHTLY := https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead noise races table remote plot
 
-.PHONY: demo test fuzz lint format typecheck bench corpus notebooks clean
+.PHONY: demo test fuzz lint format typecheck bench corpus notebooks clean anew
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -47,10 +50,11 @@ typecheck: $(VENV)/installed-test
 	    echo '*** pyright does not start here: TYPES ARE NOT CHECKED ***' >&2; \
 	fi
 
-$(VENV)/installed-%: pyproject.toml
+$(VENV)/installed-%: pyproject.toml jaxlayout/__init__.py $(if $(filter nightly,$(JAX)),anew)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --editable '.[$*]' $(JAX:%=jax==%)
+	$(RUN) pip install --quiet --editable '.[$*]' $(addprefix jax==,$(filter-out nightly,$(JAX)))
+	$(if $(filter nightly,$(JAX)),$(RUN) pip install --quiet --upgrade --pre jax jaxlib --index-url $(NIGHTLY))
 	@touch $@
 
 clean:

@@ -11,7 +11,6 @@ where the goal is; dotted, what it would be without the limit on memory. Of `ben
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from bench.rows import Row
+from bench.rows import Row, read_rows
 
 RESULTS = Path("bench/results")
 TOLD = {
@@ -120,8 +119,7 @@ def picture(name: str, rows: list[Row]) -> Figure:
 
 def draw(file: Path, out: Path) -> Path | None:
     """The picture's file; None where a file is no table of ratios."""
-    rows: Any = json.loads(file.read_text())
-    rows = [row for row in rows if "ratio" in row or "forms" in row] if isinstance(rows, list) else []
+    rows = [row for row in read_rows(file.read_text()) if "ratio" in row or "forms" in row]
     if not rows:  # or a case that was not run
         return None
     out.mkdir(parents=True, exist_ok=True)

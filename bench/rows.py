@@ -8,11 +8,16 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxlayout.runtime.plain_data import check_format
+
 if TYPE_CHECKING:  # a bench of the table does without JAX
     from bench.timing import Paired
     from jaxlayout import Outcome
 
 Row = dict[str, Any]
+
+FORMAT = 2
+"""Of a file of results. The first was a list of the rows, without a number."""
 
 
 def arguments(bench: str, doc: str | None, cases: Collection[str], budget: float = 3600.0) -> ArgumentParser:
@@ -48,6 +53,15 @@ def compared(name: str, seen: Paired, outcome: Outcome) -> Row:
     }
 
 
+def read_rows(text: str) -> list[Row]:
+    """The rows of a file of results; ValueError where it is none."""
+    found = json.loads(text)
+    if isinstance(found, list):  # the first format
+        return found
+    check_format("a file of results", found, FORMAT, oldest=FORMAT)
+    return found["rows"]
+
+
 def write_rows(
     stem: Path,
     named: Sequence[str],
@@ -60,10 +74,10 @@ def write_rows(
     file = stem.with_name(f"{stem.name}.json")
     file.parent.mkdir(parents=True, exist_ok=True)
     every = list(every)
-    rows = {row["case"]: row for row in json.loads(file.read_text())} if named and file.exists() else {}
+    rows = {row["case"]: row for row in read_rows(file.read_text())} if named and file.exists() else {}
     for name in named or every:
         rows[name] = run(name)
         done = [rows[case] for case in every if case in rows]
-        file.write_text(json.dumps(done, indent=1) + "\n")
+        file.write_text(json.dumps({"format": FORMAT, "rows": done}, indent=1) + "\n")
         stem.with_name(f"{stem.name}.md").write_text(markdown(done))
         print(next(line for line in markdown([rows[name]]).splitlines() if line.startswith(f"| {name} ")), flush=True)

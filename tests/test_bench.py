@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from once import once
 
 from bench import corpus, forms, gpu, networks, noise, plot, races, remote, scenarios, table
 from bench.models import video
+from bench.rows import read_rows
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.program import equations
 from jaxlayout.graph.validate import check_plan
@@ -35,7 +35,7 @@ def told(folder: Path) -> list[str]:
 def written(out: Path, stem: str) -> list[dict[str, Any]]:
     """The rows of the table that a bench has written, each of which is in the Markdown too."""
     (file,) = out.glob(f"{stem}*-small.json")
-    rows = json.loads(file.read_text())
+    rows = read_rows(file.read_text())
     lines = file.with_suffix(".md").read_text().splitlines()
     for row in rows:
         assert sum(line.startswith(f"| {row['case']} ") for line in lines) == 1

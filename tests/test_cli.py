@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import os
@@ -136,6 +137,11 @@ def test_the_entry_point_and_the_module_are_the_same_program(tmp_path):
     assert (run.returncode, run.stdout) == (0, f"jaxlayout {jaxlayout.__version__}\n")
     run = subprocess.run([sys.executable, "-m", "jaxlayout", "tune"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "MODULE:FUNCTION" in run.stderr
+
+
+def test_what_is_installed_has_the_version_that_the_package_tells():
+    """Which is where the build takes it from."""
+    assert importlib.metadata.version("jaxlayout") == jaxlayout.__version__
 
 
 def test_the_public_names_are_there_though_imported_late():

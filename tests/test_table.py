@@ -5,6 +5,7 @@ up its rights first. A full disk, and file systems that refuse SQLite's shared m
 SQLite itself (a page limit, a connection that refuses).
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -180,7 +181,8 @@ def test_round_trip(path, where):
 
 def test_another_table_on_the_file_sees_it(path):
     those = filled(path)
-    assert sqlite3.connect(path).execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    with contextlib.closing(sqlite3.connect(path)) as raw:
+        assert raw.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     with CostTable(path) as table:
         assert table.measurements("env", "conv") == those
         assert table.load_plan("env", "function") == '{"plan": 1}'
@@ -670,7 +672,7 @@ def test_read_only_folder_and_file(monkeypatch):
             file.chmod(0o444)
         folder.chmod(0o555)
         script = """
-            import os, warnings
+            import os, urllib.parse, warnings  # pathlib imports it late, when root's Python may be out of reach
             if os.geteuid() == 0:
                 os.setgid(65534); os.setuid(65534)
             with warnings.catch_warnings(record=True) as caught:

@@ -12,9 +12,10 @@ from typing import Any
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.layout import Order
-from jaxlayout.runtime.plain_data import flag, integer, number, optional, shown, text
+from jaxlayout.runtime.plain_data import check_format, flag, integer, number, optional, shown, text
 
-FORMAT = 3
+FORMAT = 4
+"""Of what `to_json` gives. No release wrote an earlier one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +93,9 @@ class Plan:
     @classmethod
     def from_json(cls, data: Any) -> Plan:
         """The inverse of `to_json`. ValueError, saying why, for anything else."""
+        check_format("a plan", data, FORMAT, oldest=3)
         try:
-            if data["format"] != FORMAT:
-                raise ValueError(f"a plan of format {shown(data['format'])}, this is format {FORMAT}")
-            old = "sealed_bytes"  # its name until it was renamed
-            materialised = data[old] if old in data else data["materialised_bytes"]
+            materialised = data["sealed_bytes" if data["format"] == 3 else "materialised_bytes"]
             return cls(
                 choices={
                     _integers(path): Mode(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxlayout.measure.contained import this_machine
+from jaxlayout.runtime.plain_data import check_format
 
 try:
     import fcntl
@@ -22,6 +23,8 @@ except ImportError:  # Windows
 
 logger = logging.getLogger("jaxlayout")
 
+FORMAT = 1
+"""Of what is in it."""
 MAX_TEXT = 1000
 
 
@@ -42,7 +45,7 @@ class Marker:
     @contextlib.contextmanager
     def on(self, doing: str) -> Iterator[None]:
         """There for the length of a `with` block: "it was ..."."""
-        descriptor = self._put({"doing": doing, "process": os.getpid(), "time": time.time()})
+        descriptor = self._put({"format": FORMAT, "doing": doing, "process": os.getpid(), "time": time.time()})
         try:
             yield
         finally:
@@ -61,6 +64,7 @@ class Marker:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
             record = json.loads(os.read(descriptor, MAX_TEXT))
+            check_format("a marker", record, FORMAT)
             when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record["time"]))
             return f"process {record['process']} ended on {when} while the rewritten function was {record['doing']}"
         except OSError:  # its process is at it

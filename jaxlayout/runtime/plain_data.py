@@ -1,7 +1,7 @@
 """Plain data that may come from anywhere, value by value: what it has to be, or ValueError with a short reason."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -57,6 +57,17 @@ def one_of(name: str, value: object, choices: tuple[Any, ...]) -> Any:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} is {shown(value)}, not one of {', '.join(choices)}")
     return value
+
+
+def check_format(what: str, value: object, newest: int, oldest: int = 1) -> None:
+    """An object whose form can be read. What is stored says by a number, `format`, which form it has; what says nothing
+    is from before there was one, and has the first. `what`: it has to be, as "a plan"."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"not {what}: {shown(value)}")
+    found = integer("format", value.get("format", 1), 10**9)
+    if not oldest <= found <= newest:
+        whose, known = ("a newer", newest) if found > newest else ("an older", oldest)
+        raise ValueError(f"{what} of format {found}, of {whose} version of jaxlayout: this one knows format {known}")
 
 
 def optional(check: Callable[..., T], name: str, value: object, *limits: Any) -> T | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxlayout.runtime.plain_data import check_format
 from jaxlayout.table.sqlite import Row
-from jaxlayout.table.table import ENVIRONMENT
+from jaxlayout.table.table import ENVIRONMENT, ENVIRONMENT_FORMAT
 
 KEY_ONLY = ("versions",)
 """Fields of an `Environment` that say how something was compiled or chosen, and not where."""
@@ -86,7 +87,11 @@ def places(found: Sequence[Holding]) -> list[list[Holding]]:
 def _described(payload: str) -> tuple[Mapping[str, Any] | None, float | None]:
     """What a table says of an environment, which may come from anywhere."""
     value = json.loads(payload)
-    environment, written = (value.get("environment"), value.get("written")) if isinstance(value, dict) else (None, None)
+    try:
+        check_format("an environment", value, ENVIRONMENT_FORMAT)
+    except ValueError:  # as good as not told
+        return None, None
+    environment, written = value.get("environment"), value.get("written")
     return (
         environment if isinstance(environment, dict) else None,
         float(written) if isinstance(written, int | float) and 0 <= written <= MAX_TIME else None,

@@ -2,16 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from jaxlayout.runtime.plain_data import integer, number, one_of, optional, shown, text
+from jaxlayout.runtime.plain_data import check_format, integer, number, one_of, optional, shown, text
 
 Status = Literal["ok", "wrong", "failed", "memory", "slow", "pruned"]
 
 MEASURING = 1
 """How times are taken, as a number: raised by hand when that changes (what is timed around a candidate, what an
 equation's job does), so that earlier measurements are not found. Lowerings and rules have versions of their own."""
+FORMAT = 1
+"""Of what `to_json` gives."""
 MAX_NS = 86_400e9
 """Longest time that is believed, in nanoseconds: one application taking a day is a broken record."""
 MAX_RUNS = 10**9
@@ -55,18 +56,17 @@ class Measurement:
             object.__setattr__(self, "detail", self.detail[: MAX_DETAIL - 4] + " ...")
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values: every field, an infinite error as the string "inf"."""
+        """A dict of JSON values: the number of this form and every field, an infinite error as the string "inf"."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return fields | {"error": "inf" if self.error == math.inf else self.error}
+        return {"format": FORMAT} | fields | {"error": "inf" if self.error == math.inf else self.error}
 
     @classmethod
-    def from_json(cls, value: object) -> "Measurement":
+    def from_json(cls, value: Any) -> "Measurement":
         """The record that `to_json` wrote. Raises ValueError, saying why, for anything else."""
-        if not isinstance(value, Mapping):
-            raise ValueError(f"a measurement is an object, not {shown(value)}")
+        check_format("a measurement", value, FORMAT)
         if missing := NAMES - value.keys() - {"detail"}:
             raise ValueError(f"missing: {', '.join(sorted(missing))}")
-        if unknown := value.keys() - NAMES:
+        if unknown := value.keys() - NAMES - {"format"}:
             raise ValueError(f"unknown fields: {', '.join(shown(name) for name in list(unknown)[:5])}")
         status: Status = one_of("status", value["status"], get_args(Status))
         error = value["error"]

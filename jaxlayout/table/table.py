@@ -27,7 +27,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TypeVar, cast
 
 from jaxlayout.runtime.lock import file_lock, locks_work
-from jaxlayout.runtime.plain_data import number
+from jaxlayout.runtime.plain_data import number, shown
 from jaxlayout.table import sqlite
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row
@@ -42,6 +42,8 @@ REPAIR_SECONDS = 30.0
 """How long to wait for another process that is setting the file aside."""
 ENVIRONMENT = "environment"
 """Among an environment's plans, in place of a function: what the environment is, and when it was last written to."""
+ENVIRONMENT_FORMAT = 1
+"""Of what is told there."""
 
 FORMAT = "jaxlayout cost table"
 """What the first line of an exported file says it is."""
@@ -263,7 +265,7 @@ class CostTable:
         if description is None or env in self._described:
             return []
         self._described.add(env)
-        payload = _dumps({"environment": description, "written": time.time()})
+        payload = _dumps({"format": ENVIRONMENT_FORMAT, "environment": description, "written": time.time()})
         return [(env, ENVIRONMENT, ENVIRONMENT, "[]", payload)]
 
     def _select(self, table: str, where: Mapping[str, str] = NOWHERE, limit: int | None = None) -> list[Row]:
@@ -443,8 +445,11 @@ def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
     """The records of an exported file; `refused` gets a reason for whatever does not look like one."""
     for n, value in _json_lines(path, refused):
         if n == 1:
-            if not isinstance(value, dict) or value.get("format") != FORMAT or value.get("schema") != SCHEMA_VERSION:
-                refused.append(f"{path} is not an exported cost table of schema {SCHEMA_VERSION}")
+            if not isinstance(value, dict) or value.get("format") != FORMAT:
+                refused.append(f"{path} is not an exported cost table")
+                return
+            if (schema := value.get("schema")) != SCHEMA_VERSION:
+                refused.append(f"{path}: its schema is version {shown(schema)}, not {SCHEMA_VERSION}")
                 return
             continue
         table = value.get("table") if isinstance(value, dict) else None

@@ -7,11 +7,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxlayout.graph.plan import Plan
-from jaxlayout.runtime.plain_data import flag, integer, number, one_of, shown
+from jaxlayout.runtime.plain_data import check_format, flag, integer, number, one_of, shown
 from jaxlayout.verify.accept import Verdict
 
 logger = logging.getLogger("jaxlayout")
 
+FORMAT = 1
+"""Of what `to_json` gives, the verdict in it included; the plan has its own."""
 SOURCES = ("measured", "stored", "pinned", "nearest", "heuristic", "forced", "none")
 
 
@@ -44,12 +46,13 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         rest = {name: getattr(self, name) for name in ("source", "seconds", "measured", "folded")}
-        return rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
+        return {"format": FORMAT} | rest | {"plan": self.plan.to_json(), "verdict": self.verdict.to_json()}
 
     @classmethod
     def from_json(cls, data: Any) -> Outcome:
         """The inverse of `to_json`; ValueError, saying why, for anything else."""
-        if not isinstance(data, dict) or data.keys() != {field.name for field in fields(cls)}:
+        check_format("an outcome", data, FORMAT)
+        if data.keys() - {"format"} != {field.name for field in fields(cls)}:
             raise ValueError(f"not an outcome: {shown(data)}")
         return cls(
             plan=Plan.from_json(data["plan"]),
