@@ -8,10 +8,10 @@ import signal
 import tempfile
 
 import pytest
+from made_up import made_up
 
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.runtime import lock
-from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning import pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.verify.accept import Verdict
@@ -63,19 +63,9 @@ def no_hidden_failure(caplog):
 def costs(monkeypatch):
     """Costs under which every convolution changes its order, and no verdict by timing or memory: the rewritten
     function runs wherever its numbers agree. Gives the keys of the jobs that were asked for."""
-    asked = []
-
-    def measure(jobs, known=lambda job: False, **_):
-        for job in jobs:
-            if known(job):
-                yield job, {}
-                continue
-            asked.append(job.key)
-            written, *others = job.alternatives
-            ns = {name: (1e3 if name.startswith("xla@") else 1e4) + i for i, name in enumerate(others)}
-            yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
-
-    monkeypatch.setattr(pipeline, "measure", measure)
+    asked: list[str] = []
+    ns = lambda name, i: (1e3 if name.startswith("xla@") else 1e4) + i  # noqa: E731
+    monkeypatch.setattr(pipeline, "measure", made_up(ns, asked=asked))
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1000")
     return asked
@@ -85,7 +75,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda line, plan: kept)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda pipeline, plan: kept)
     return costs
 
 
@@ -95,7 +85,7 @@ def with_options(forced, monkeypatch):
     traced again."""
     wanted = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
-    def judge(line, plan):
+    def judge(pipeline, plan):
         ratio = 1.5 + bool(plan.compiler_options)
         return Verdict(kept=True, reason="forced", ratio=ratio)
 
@@ -112,7 +102,3 @@ def judged(forced, monkeypatch):
 
 
 _judge = pipeline.Pipeline.judge
-
-
-def measurement(ns: float) -> Measurement:
-    return Measurement(status="ok", median_ns=ns, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0, program="made up")

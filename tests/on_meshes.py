@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from builder import Program
 from drawing import examples
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import Program, at_random, programs
+from plans import at_random
+from programs import assert_same, programs, real_part
 from test_fuzz import RIGHT, WAYS
-from test_retrace import assert_same, real_part
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import evaluate

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import measurement
+from helpers import shape
+from made_up import measurement
 
 import jaxlayout
 from jaxlayout import AutoLayout, CostTable, Options, Outcome, Plan, auto_layout
@@ -151,10 +152,6 @@ def test_the_public_names_are_there_though_imported_late():
 
 
 # Functions and arguments
-
-
-def shape(*sizes: int, dtype: typing.Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from builder import Program
 from drawing import FUZZ, examples
 from hypothesis import assume, event, given, reject
 from hypothesis import strategies as st
 from jax import lax
-from programs import Program, at_random, programs
-from test_retrace import assert_same, inexact, real_part
+from plans import at_random
+from programs import assert_same, inexact, programs, real_part
 from test_transformations import Function, by_cond, by_grad, by_scan, by_vmap
 
 from jaxlayout import auto_layout

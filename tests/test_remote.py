@@ -16,7 +16,7 @@ import distributed
 import jax
 import numpy as np
 import pytest
-from jax import lax
+from helpers import conv
 
 import jaxlayout
 from bench.remote import convolution
@@ -24,10 +24,6 @@ from jaxlayout import CostTable, auto_layout
 from jaxlayout.measure.environment import current_environment
 from jaxlayout.measure.jobs import Job, transpose_job
 from jaxlayout.measure.remote import Reply, Request, measure_elsewhere
-
-
-def conv(x: Any, k: Any) -> Any:
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
 def jobs(*features: int) -> list[Job]:

@@ -12,10 +12,10 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import measurement
+from helpers import conv, normal
 from jax import lax
+from made_up import measurement
 from rich.console import Console
 
 from jaxlayout import Explanation, auto_layout
@@ -24,13 +24,9 @@ from jaxlayout.report.plots import lanes
 from jaxlayout.tuning import pipeline as stages
 from jaxlayout.verify.accept import Verdict
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 8, 8)), jnp.float32)
-K = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4, 3, 3)), jnp.float32)
+X = normal(0, 2, 4, 8, 8)
+K = normal(1, 4, 4, 3, 3)
 D = K[:, :1]
-
-
-def conv(x, k):
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
 def net(x, k, d):
@@ -60,7 +56,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(stages.Pipeline, "judge", lambda line, plan: verdict)
+    monkeypatch.setattr(stages.Pipeline, "judge", lambda pipeline, plan: verdict)
 
 
 def shown(told, width):

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import conv
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,10 +26,6 @@ from jaxlayout.layout import ConvDimensionNumbers
 ROOT = Path(__file__).parent.parent
 MESH = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 X, K = jnp.zeros((8, 16, 6, 6)), jnp.zeros((32, 16, 3, 3))
-
-
-def conv(x, k):
-    return lax.conv_general_dilated(x, k, (1,) * (x.ndim - 2), "SAME")
 
 
 def traced(fun, *args, specs):

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import K, X, conv, normal
 from jax import lax
 
 from jaxlayout import CostTable, Lowering, Outcome, Plan, TableWarning, auto_layout
@@ -233,23 +234,12 @@ def test_eight_processes_tune_at_once_and_some_are_killed(tmp_path):
 # What may happen to the file, as the user's call sees it
 
 
-def conv(x: Any, k: Any) -> Any:
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
-
-
 def network(x: Any, k: Any) -> Any:
     return jnp.tanh(conv(x, k)).mean((2, 3))
 
 
 def other(x: Any, k: Any) -> Any:
     return network(x[:1], k) + 1
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
-
-
-X, K = normal(0, 2, 3, 6, 5), normal(1, 4, 3, 3, 3)
 
 
 class _Vfs(ctypes.Structure):

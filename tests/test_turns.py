@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from helpers import depthwise
 
 from jaxlayout import auto_layout
 from jaxlayout.measure import turns
@@ -330,11 +330,6 @@ def test_the_file_is_the_users():
 
 
 # What a call does without a turn
-
-
-def depthwise(x, k):
-    dims = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=8)
 
 
 ARGS = jnp.ones((1, 8, 8, 8)), jnp.ones((3, 3, 1, 8))
