@@ -6,9 +6,11 @@ import gc
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
 from made_up import made_up
+from tables import as_another_process
 
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.runtime import lock
@@ -40,7 +42,7 @@ def own_table(tmp_path, monkeypatch):
     # The lock of those who time on this machine: tests need not wait for them, nor they for tests.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(stores, "_tables", {})
+    as_another_process(monkeypatch)
     monkeypatch.setattr(stores, "_provisional", {})
     monkeypatch.setattr(pipeline, "process_budget", Budget())
     monkeypatch.setattr(lock, "_told", set())
@@ -102,3 +104,9 @@ def judged(forced, monkeypatch):
 
 
 _judge = pipeline.Pipeline.judge
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a table may be that is not the one of `own_table`; its folder is not there yet."""
+    return tmp_path / "cache" / "table.sqlite"

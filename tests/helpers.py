@@ -11,8 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
+from jaxlayout import AutoLayout, auto_layout
+from jaxlayout.convs import primitive
+from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers
@@ -43,6 +47,13 @@ X, K = normal(0, 2, 3, 6, 5), normal(1, 4, 3, 3, 3)
 """Images and a kernel, in the order of `FIRST`."""
 
 
+def net(params, x):
+    return jnp.tanh(conv(x, params["kernel"]) + params["bias"][:, None, None]) * 2.0
+
+
+PARAMS = {"kernel": K, "bias": normal(2, 4)}
+
+
 def shape(*sizes: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
@@ -67,6 +78,22 @@ def is_tuned(fun: Any, *args: Any, **kwargs: Any) -> bool:
     """Whether a function, traced with these arguments, has a convolution that was chosen."""
     jaxpr = jax.make_jaxpr(lambda: fun(*args, **kwargs))()
     return any(eqn.primitive is tuned_conv_p for eqn in equations(jaxpr))
+
+
+def same(fun: Any, *args: Any, jit: dict[str, Any] | None = None, **kwargs: Any) -> AutoLayout:
+    """Assert that `auto_layout` gives what `jax.jit` gives, through a rewritten function; gives it for more."""
+    tuned = auto_layout(fun, **(jit or {}))
+    close(tuned(*args, **kwargs), jax.jit(fun, **(jit or {}))(*args, **kwargs))
+    outcome = tuned.outcome(*args, **kwargs)
+    assert outcome.kept, outcome.verdict.reason
+    return tuned
+
+
+def lowerings_used(patch: pytest.MonkeyPatch) -> set[str]:
+    """The lowerings that compute something from here on: their names are put into it."""
+    used: set[str] = set()
+    patch.setattr(primitive, "evaluate", lambda name, *rest: used.add(name) or evaluate(name, *rest))
+    return used
 
 
 def python(*command: object, timeout: float = 300, **variables: str) -> subprocess.CompletedProcess[str]:

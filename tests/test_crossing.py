@@ -33,7 +33,7 @@ from jaxlayout.graph.program import equations
 from jaxlayout.measure.jobs import conv_job, measure
 from jaxlayout.measure.reference import reference
 from jaxlayout.runtime.malloc import amid, soiled_memory
-from jaxlayout.tuning import pipeline as stages
+from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.forced import channels_last, force
 from jaxlayout.verify.accept import compare
 from jaxlayout.verify.accuracy import Accuracy
@@ -287,7 +287,7 @@ def test_explain_tells_what_is_wrong_as_written(costs, monkeypatch):
                 found[next(iter(found))] = replace(measurement(1e6), **wrong, detail="error 1e+06, allowed 1e-06")
             yield job, found
 
-    monkeypatch.setattr(stages, "measure", seen)
+    monkeypatch.setattr(pipeline, "measure", seen)
 
     told = auto_layout(conv).explain(jnp.ones((2, 3, 6, 5)), jnp.ones((4, 3, 3, 3)))
     assert told.sites[0].wrong == "error 1e+06, allowed 1e-06"

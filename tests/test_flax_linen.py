@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +22,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
-from helpers import close, is_tuned, normal
+from helpers import close, is_tuned, normal, python
 
 from jaxlayout.flax.linen import auto_layout
 
@@ -521,4 +519,4 @@ def test_what_is_refused():
 
 def test_importing_jaxlayout_does_not_import_flax():
     code = "import sys, jaxlayout; sys.exit(bool({'flax', 'optax'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)

@@ -18,21 +18,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import K, X, conv, normal
+from helpers import K, X, conv, lowerings_used, normal
 from jax import lax
 from jax.extend.core import Primitive
 from made_up import made_up, measurement
+from tables import as_another_process
 from toys import Toy, Turncoat, grow, offer, records, table, tempt
 
 from jaxlayout import Plan, auto_layout
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.lowering import evaluate, registered
+from jaxlayout.convs.lowering import registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode
 from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout, LayoutPolicy
 from jaxlayout.runtime.progress import Silent
-from jaxlayout.tuning import model, pipeline, stores
+from jaxlayout.tuning import model, pipeline
 from jaxlayout.tuning.options import Options
 from jaxlayout.verify.accept import Verdict
 
@@ -132,10 +133,7 @@ def test_bad_lowerings_are_recorded_and_never_chosen(monkeypatch, lowering, stat
         monkeypatch.setattr(stage, "available_memory", lambda device: 1 << 20)
     tempt(monkeypatch)
     offer(monkeypatch, lowering(), "xla")
-    used: list[str] = []
-    monkeypatch.setattr(
-        "jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.append(name) or evaluate(name, *rest)
-    )
+    used = lowerings_used(monkeypatch)
     with registered(lowering()):
         f = auto_layout(conv, verdict=False, memory_limit=1000.0)
         np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-4, atol=1e-4)
@@ -355,7 +353,7 @@ def test_a_wrong_candidate_never_runs_for_the_user(spy, monkeypatch, wrong, ran)
     check(f, X, K)
     check(auto_layout(block), X, K)
     check(auto_layout(jax.jit(block)), X, K)
-    monkeypatch.setattr(stores, "_tables", {})  # as another process finds the table
+    as_another_process(monkeypatch)  # as another process finds the table
     again = auto_layout(block)
     check(again, X, K)
     assert again.outcome(X, K).source == "stored" and again.outcome(X, K).kept is (wrong == NOWHERE)

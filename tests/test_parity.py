@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers import K, X, close, conv, is_tuned, normal
 from jax import lax
 from jax.experimental import buffer_callback, io_callback, jet, roofline
-from test_api import K, X, close, conv, is_tuned, normal
 
 import jaxlayout
 from jaxlayout import Options, auto_layout

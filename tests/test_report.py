@@ -21,7 +21,7 @@ from rich.console import Console
 from jaxlayout import Explanation, auto_layout
 from jaxlayout.report import Step
 from jaxlayout.report.plots import lanes
-from jaxlayout.tuning import pipeline as stages
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 
 X = normal(0, 2, 4, 8, 8)
@@ -56,7 +56,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(stages.Pipeline, "judge", lambda pipeline, plan: verdict)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda pipeline, plan: verdict)
 
 
 def shown(told, width):
@@ -96,7 +96,7 @@ def test_candidates_that_failed_are_told(forced, monkeypatch):
                 )
             yield job, found
 
-    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     (site,) = told.sites
     assert [one.measurement.status for one in site.tried][-3:] == ["wrong", "failed", "pruned"]
@@ -177,7 +177,7 @@ def test_nothing_is_faster_than_what_was_written(costs, monkeypatch):
         for job in jobs:
             yield job, {name: measurement(1e6 + 1e6 * i) for i, name in enumerate(job.alternatives)}
 
-    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     assert told.nothing_gained.startswith("Nothing could be gained: the forms and orders as written are the fastest")
     (site,) = told.sites

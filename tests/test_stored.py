@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 from helpers import ROOT, K, X, conv, normal, python
 from jax import lax
+from tables import as_another_process
 from toys import table
 
 from jaxlayout import Outcome, TableWarning, auto_layout
 from jaxlayout.table.table import ENVIRONMENT
-from jaxlayout.tuning import pipeline, stores
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 
 CALL = """
@@ -99,7 +100,7 @@ def test_a_table_that_can_only_be_read(costs, monkeypatch):
     asked = len(costs)
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda name, *a, **k: connect(name.replace("=rwc", "=ro"), *a, **k))
-    monkeypatch.setattr(stores, "_tables", {})
+    as_another_process(monkeypatch)
     again = auto_layout(conv)
     np.testing.assert_array_equal(again(X, K), f(X, K))  # as it was deployed: without a warning
     assert again.outcome(X, K).source == "stored" and len(costs) == asked

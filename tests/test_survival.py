@@ -31,18 +31,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import K, X, conv, normal
+from helpers import ROOT, K, X, conv, normal
 from jax import lax
+from tables import as_another_process, close_tables
+from toys import Toy, offer
 
-from jaxlayout import CostTable, Lowering, Outcome, Plan, TableWarning, auto_layout
-from jaxlayout.convs.lowering import lowerings, registered
-from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout import CostTable, Outcome, Plan, TableWarning, auto_layout
+from jaxlayout.convs.lowering import registered
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import checksum
 from jaxlayout.table.table import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline, stores
-
-ROOT = Path(__file__).parents[1]
 
 
 def table_path() -> Path:
@@ -65,13 +64,13 @@ from jaxlayout.verify import accept
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify import race
 from jaxlayout.convs import candidates, lowering
-from jaxlayout.measure import jobs as measure
+from jaxlayout.measure import jobs
 from jaxlayout.measure.peaks import Peaks
 
 folder, name, role = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 found = lowering.lowerings()
 candidates.lowerings = lambda: {"xla": found["xla"], "tap_dots": found["tap_dots"]}  # enough, and quick
-measure.CANDIDATE_SECONDS = 0.01
+jobs.CANDIDATE_SECONDS = 0.01
 race.MAX_PAIRS = 7
 pipeline.OPTION_SETS = {}
 Peaks.look = lambda peaks: None
@@ -95,7 +94,7 @@ def timed(race):
     return wrapped
 
 
-measure._race, accept.race = timed(measure._race), timed(accept.race)
+jobs._race, accept.race = timed(jobs._race), timed(accept.race)
 record, store = CostTable.record_many, CostTable.store_plan
 
 
@@ -394,9 +393,8 @@ TROUBLES: list[tuple[Any, str | None, bool | None, bool]] = [
 def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, trouble, words, known, kept):
     assert auto_layout(network)(X, K).shape == (2, 4) and costs
     rows = {table: set(those) for table, those in look(table_path())[0].items()}
-    for table in stores._tables.values():
-        table.close()
-    monkeypatch.setattr(stores, "_tables", {table_path().as_posix(): CostTable(table_path(), timeout=0.2)})
+    close_tables()
+    as_another_process(monkeypatch, CostTable(table_path(), timeout=0.2))
     with trouble(table_path()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         costs.clear()
@@ -407,10 +405,9 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
         np.testing.assert_allclose(new(X, K), other(X, K), rtol=1e-5, atol=1e-5)
         assert new.outcome(X, K).kept and new.outcome(X, K).source == "stored"  # at least this process remembers
         if kept:
-            monkeypatch.setattr(stores, "_tables", {})
+            as_another_process(monkeypatch)
             assert auto_layout(other).outcome(X, K).source == "stored"
-        for table in stores._tables.values():
-            table.close()
+        close_tables()
     assert [warning.category for warning in caught] == [TableWarning] * (words is not None)
     assert words is None or words in str(caught[0].message)
     if trouble in (full_disk, read_only, without_locks, of_another_machine):  # then what was committed is still there
@@ -425,8 +422,7 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
 def test_whichever_byte_is_flipped_the_call_is_right(costs, monkeypatch):
     auto_layout(network)(X, K)
     expected, draw = network(X, K), random.Random(5)
-    for table in stores._tables.values():
-        table.close()
+    close_tables()
     data = table_path().read_bytes()
     for trial in range(10):
         path = table_path().with_name(f"{trial}.sqlite")
@@ -487,14 +483,10 @@ def test_a_disk_that_is_really_full(tmp_path):
 # What somebody else's table may say
 
 
-class Slow(Lowering):
+class Slow(Toy):
     """Right, and hundreds of times slower."""
 
     name = "slow"
-
-    def orders(self, conv):
-        first = ConvLayout.channels_first(conv.rank)
-        yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
 
     def apply(self, conv, dims, lhs, prepared):
         params = {"dimension_numbers": dims.to_lax(), **conv.params}
@@ -507,13 +499,13 @@ class Slow(Lowering):
 
 class Wrong(Slow):
     def apply(self, conv, dims, lhs, prepared):
-        return 1.01 * lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
+        return 1.01 * Toy.apply(self, conv, dims, lhs, prepared)
 
 
 @pytest.mark.parametrize(("lowering", "cause"), [(Slow, "time"), (Wrong, "numbers")])
 def test_times_that_are_a_lie(monkeypatch, lowering, cause):
     """Records as they should be, but that one candidate is a thousand times faster than it is, and right."""
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"slow": lowering(), "xla": lowerings()["xla"]})
+    offer(monkeypatch, lowering(), "xla")
     monkeypatch.setattr(pipeline, "OPTION_SETS", {})
     with registered(lowering()):
         honest = auto_layout(network, on_miss="measure").outcome(X, K)
@@ -526,7 +518,7 @@ def test_times_that_are_a_lie(monkeypatch, lowering, cause):
             lie = replace(told, status="ok", median_ns=ns, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0)
             table.record(env, signature, candidate, lie)
         table.close()
-        monkeypatch.setattr(stores, "_tables", {})
+        as_another_process(monkeypatch)
         tuned = auto_layout(lambda x, k: 2 * network(x, k), on_miss="error" if cause == "numbers" else "measure")
         np.testing.assert_allclose(tuned(X, K), 2 * network(X, K), rtol=1e-5, atol=1e-5)
         outcome = tuned.outcome(X, K)
@@ -679,8 +671,7 @@ def test_a_table_whose_sizes_are_a_lie(costs):
         for number, text in enumerate(lies):
             row = (env, f"f{number}", skeleton, text, "[" * 5000 if text == sizes else json.dumps(payload))
             raw.execute("INSERT INTO plans VALUES(?, ?, ?, ?, ?, ?)", (*row, checksum("plans", row)))
-    for table in stores._tables.values():
-        table.close()
+    close_tables()
     tuned = auto_layout(network)
     np.testing.assert_allclose(tuned(X[:1], K), network(X[:1], K), rtol=1e-5, atol=1e-5)
     assert tuned.outcome(X[:1], K).kept

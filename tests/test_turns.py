@@ -9,19 +9,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import depthwise
+from helpers import ROOT, depthwise
 
 from jaxlayout import auto_layout
 from jaxlayout.measure import turns
 from jaxlayout.measure.turns import NoTurn, Turns
-
-ROOT = Path(__file__).parents[1]
 
 needs_fcntl = pytest.mark.skipif(turns.fcntl is None, reason="needs fcntl")
 
