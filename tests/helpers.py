@@ -58,9 +58,9 @@ def shape(*sizes: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
-def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
+def close(found: Any, expected: Any, tolerance: float = 2e-5, least: float = 0.0) -> None:
     """Equal in structure, shapes, dtypes and weak types, and in numbers up to the order of a sum: within `tolerance` of
-    the largest number of each array."""
+    the largest number of each array, or of `least` where all are smaller: a gradient may be nothing but rounding."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert jax.typeof(a) == jax.typeof(b)
@@ -71,7 +71,7 @@ def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
             continue
         wide = np.complex128 if jnp.issubdtype(b.dtype, jnp.complexfloating) else np.float64
         a, b = np.asarray(a, wide), np.asarray(b, wide)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max(initial=0)))
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max(initial=least)))
 
 
 def is_tuned(fun: Any, *args: Any, **kwargs: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import flax
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
-from helpers import close, is_tuned, normal, python
+from helpers import is_tuned, normal, python
 
 from jaxlayout.flax.linen import auto_layout
 
@@ -31,6 +32,9 @@ pytestmark = pytest.mark.usefixtures("forced")
 X = normal(0, 2, 8, 8, 3)
 KEY = jax.random.key(0)
 TRAINING: Any = dict(train=True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
+
+
+close = functools.partial(helpers.close, least=1.0)
 
 
 class Block(nn.Module):

@@ -71,7 +71,7 @@ def pure(tree: Any) -> Any:
 
 
 def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    helpers.close(pure(found), pure(expected), tolerance)
+    helpers.close(pure(found), pure(expected), tolerance, least=1.0)
 
 
 # Functions
