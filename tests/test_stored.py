@@ -20,7 +20,7 @@ from toys import table
 
 from jaxlayout import Outcome, TableWarning, auto_layout
 from jaxlayout.runtime.timing import Paired
-from jaxlayout.table.table import ENVIRONMENT
+from jaxlayout.table.table import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 
@@ -115,7 +115,9 @@ def test_a_table_that_can_only_be_read(costs, monkeypatch):
 def test_a_stored_plan_that_cannot_be_read_is_made_anew(costs, caplog):
     f = auto_layout(conv)
     f(X, K)
-    ((env, function, skeleton, sizes, _),) = (row for row in table()._select("plans") if row[1] != ENVIRONMENT)
+    ((env, function, skeleton, sizes, _),) = (
+        row for row in look(os.environ["JAXLAYOUT_TABLE"])[0]["plans"] if row[1] != ENVIRONMENT
+    )
     for payload in ('{"plan": 1}', "[]", '"text"', '{"plan": {"format": 99}, "verdict": {}}'):
         table().store_plan(env, function, skeleton, sizes, payload)
         assert f.outcome(X, K).source == "measured"
