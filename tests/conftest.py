@@ -6,12 +6,14 @@ import gc
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 import pytest
+from made_up import made_up
+from tables import as_another_process
 
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.runtime import lock
-from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning import pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.verify.accept import Verdict
@@ -40,7 +42,7 @@ def own_table(tmp_path, monkeypatch):
     # The lock of those who time on this machine: tests need not wait for them, nor they for tests.
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    monkeypatch.setattr(stores, "_tables", {})
+    as_another_process(monkeypatch)
     monkeypatch.setattr(stores, "_provisional", {})
     monkeypatch.setattr(pipeline, "process_budget", Budget())
     monkeypatch.setattr(lock, "_told", set())
@@ -63,19 +65,9 @@ def no_hidden_failure(caplog):
 def costs(monkeypatch):
     """Costs under which every convolution changes its order, and no verdict by timing or memory: the rewritten
     function runs wherever its numbers agree. Gives the keys of the jobs that were asked for."""
-    asked = []
-
-    def measure(jobs, known=lambda job: False, **_):
-        for job in jobs:
-            if known(job):
-                yield job, {}
-                continue
-            asked.append(job.key)
-            written, *others = job.alternatives
-            ns = {name: (1e3 if name.startswith("xla@") else 1e4) + i for i, name in enumerate(others)}
-            yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
-
-    monkeypatch.setattr(pipeline, "measure", measure)
+    asked: list[str] = []
+    ns = lambda name, i: (1e3 if name.startswith("xla@") else 1e4) + i  # noqa: E731
+    monkeypatch.setattr(pipeline, "measure", made_up(ns, asked=asked))
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
     monkeypatch.setenv("JAXLAYOUT_MEMORY_LIMIT", "1000")
     return asked
@@ -85,7 +77,7 @@ def costs(monkeypatch):
 def forced(costs, monkeypatch):
     """`costs`, and every rewritten function runs unseen: for tests that compare results themselves."""
     kept = Verdict(kept=True, reason="forced", cause="untried")
-    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda line, plan: kept)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda pipeline, plan: kept)
     return costs
 
 
@@ -95,7 +87,7 @@ def with_options(forced, monkeypatch):
     traced again."""
     wanted = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
-    def judge(line, plan):
+    def judge(pipeline, plan):
         ratio = 1.5 + bool(plan.compiler_options)
         return Verdict(kept=True, reason="forced", ratio=ratio)
 
@@ -114,5 +106,7 @@ def judged(forced, monkeypatch):
 _judge = pipeline.Pipeline.judge
 
 
-def measurement(ns: float) -> Measurement:
-    return Measurement(status="ok", median_ns=ns, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0, program="made up")
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where a table may be that is not the one of `own_table`; its folder is not there yet."""
+    return tmp_path / "cache" / "table.sqlite"

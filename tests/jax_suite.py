@@ -16,7 +16,7 @@ from collections import Counter
 from typing import Any
 
 from jax import lax
-from programs import at_random
+from plans import at_random
 
 from jaxlayout import auto_layout
 from jaxlayout.convs import primitive

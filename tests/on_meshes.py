@@ -9,20 +9,22 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from builder import Program
 from drawing import examples
+from helpers import lowerings_used
 from hypothesis import Phase, assume, event, given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from programs import Program, at_random, programs
+from plans import at_random
+from programs import assert_same, programs, real_part
+from tables import as_another_process
 from test_fuzz import RIGHT, WAYS
-from test_retrace import assert_same, real_part
 
 from jaxlayout import auto_layout
-from jaxlayout.convs.lowering import evaluate
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.graph.program import equations
-from jaxlayout.tuning import pipeline, stores
+from jaxlayout.tuning import pipeline
 
 pytestmark = pytest.mark.usefixtures("costs")
 
@@ -60,9 +62,8 @@ def test_any_lowering_on_divided_arrays_leaves_the_values(way: str, seed: int, d
     mesh = jax.make_mesh(tuple(SHAPE.values()), tuple(SHAPE), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     with program.config(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure", at_random(seed))
-        patch.setattr(stores, "_tables", {})
-        used: set[str] = set()
-        patch.setattr("jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.add(name) or evaluate(name, *rest))
+        as_another_process(patch)
+        used = lowerings_used(patch)
         fun, args = real_part(program, program.arguments(seed)) if smooth else (program, program.arguments(seed))
         assume(args)
         plain, tuned = WAYS[way](fun, jax.jit), WAYS[way](fun, lambda f: auto_layout(f, table=":memory:"))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import conv
 from jax import lax
 
 from jaxlayout.verify.accept import compare
@@ -14,10 +15,6 @@ from jaxlayout.verify.accuracy import Accuracy, accuracies
 FINE, COARSE = (float(jnp.finfo(dtype).eps) for dtype in (np.float32, jnp.bfloat16))
 X, K = jnp.ones((2, 4, 8, 8)), jnp.ones((4, 4, 3, 3))
 PRODUCTS = 4 * 3 * 3
-
-
-def conv(x, k):
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
 def half(x):

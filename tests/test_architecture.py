@@ -5,11 +5,10 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 LINE = "runtime ← layout ← convs ← graph ← rewrite ← table ← measure ← verify ← tuning ← report ← api ← flax ← cli"
 FOLDERS = LINE.split(" ← ")
 """Each may import from those before it."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import threading
 from typing import Any
 
 import pytest
+from helpers import python
 
 from jaxlayout.tuning.budget import Budget
 
@@ -105,4 +105,4 @@ if child == 0:
     os._exit(wrong or process_budget.spent() != 0.0)
 assert os.waitpid(child, 0)[1] == 0 and process_budget.spent() > 0.0
 """
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    python("-c", script, timeout=60)

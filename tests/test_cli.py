@@ -24,7 +24,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import measurement
+from helpers import ROOT, python, shape
+from made_up import measurement
 
 import jaxlayout
 from jaxlayout import AutoLayout, CostTable, Options, Outcome, Plan, auto_layout
@@ -41,7 +42,6 @@ from jaxlayout.table.table import describe, look
 from jaxlayout.tuning.outcome import untouched
 from jaxlayout.verify.accept import Verdict
 
-ROOT = Path(__file__).parents[1]
 MODEL = """
 import jax
 import jax.numpy as jnp
@@ -124,8 +124,7 @@ try:
 finally:
     assert "jax" not in sys.modules
 """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = python("-c", script)
     assert done.stdout or "no cost table" in done.stderr
 
 
@@ -133,8 +132,7 @@ def test_the_entry_point_and_the_module_are_the_same_program(tmp_path):
     (name, target), *more = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"].items()
     assert (name, target, more) == ("jaxlayout", "jaxlayout.cli:main", [])
     assert loaded(target) is main
-    run = subprocess.run([sys.executable, "-m", "jaxlayout", "--version"], cwd=ROOT, capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, f"jaxlayout {jaxlayout.__version__}\n")
+    assert python("-m", "jaxlayout", "--version").stdout == f"jaxlayout {jaxlayout.__version__}\n"
     run = subprocess.run([sys.executable, "-m", "jaxlayout", "tune"], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "MODULE:FUNCTION" in run.stderr
 
@@ -150,17 +148,13 @@ def test_the_public_names_are_there_though_imported_late():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = jaxlayout.nonsense
     script = "from jaxlayout import *; import sys; assert auto_layout and 'jax' in sys.modules; Lowering, LayoutPolicy"
-    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, check=True)
+    python("-c", script)
     # And what comes with the package is registered whichever part of it is imported first.
     script = "from jaxlayout.convs.lowering import lowerings; assert {'xla', 'winograd2'} <= lowerings().keys()"
-    subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=ROOT, check=True)
+    python("-c", script)
 
 
 # Functions and arguments
-
-
-def shape(*sizes: int, dtype: typing.Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ def gains(costs, monkeypatch):
     """The ratios that the judge finds, without and with the options, by the size of the batch."""
     found = {1: (1.5, 2.0), 2: (1.5, 1.2)}
 
-    def judge(line, plan):
-        batch = line.jaxpr.in_avals[0].shape[0]
+    def judge(pipeline, plan):
+        batch = pipeline.jaxpr.in_avals[0].shape[0]
         without, under = found[batch]
         ratio, rival = (under, max(1.0, without)) if plan.compiler_options else (without, 1.0)
-        line.verifier.original  # noqa: B018 - it must compile
+        pipeline.verifier.original  # noqa: B018 - it must compile
         return Verdict(kept=ratio > rival, reason="made up", ratio=ratio)
 
     monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (EXTRA,)})

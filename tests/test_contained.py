@@ -21,10 +21,11 @@ import jax
 import numpy as np
 import planted
 import pytest
-from conftest import measurement
+from helpers import LAST, conv
 from jax import lax
 from jax import numpy as jnp
-from test_lowerings import conv
+from made_up import measurement, not_asked
+from signatures import signature
 
 from jaxlayout import Candidate, ConvDimensionNumbers, CostTable, Lowering, Plan, auto_layout, register_lowering
 from jaxlayout.cli.checks import helper_process
@@ -43,7 +44,7 @@ from jaxlayout.table.table import look
 from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.model import CostModel
 
-CONV = conv((2, 6, 6, 4), (3, 3, 4, 8))
+CONV = signature((2, 6, 6, 4), (3, 3, 4, 8))
 WRITTEN = Candidate("xla", ConvDimensionNumbers.channels_last(2))
 
 
@@ -138,11 +139,13 @@ def test_what_comes_through_runs_here_and_is_not_asked_again(lowering, tmp_path,
             assert records[candidate_id(way(lowering))].status in ("ok", "slow")
             found = fresh()(CONV, way(lowering))
         assert found.status == "ok" and found.median_ns and found.error < 1e-5
-        monkeypatch.setattr(contained, "_helper", None)
+        monkeypatch.setattr(Helper, "ask", not_asked)
         assert fresh()(CONV, way(lowering)) == found == fresh()(replace(CONV, context="nested"), way(lowering))
-        with pytest.raises(TypeError):  # other numerics, other compiler options, another convolution are not known
+        with pytest.raises(
+            AssertionError, match="asked"
+        ):  # other numerics, other compiler options, another convolution are not known
             Proofs.of(CostTable(tmp_path / "proofs.sqlite"), jax.devices()[0], None, relax=100.0)(CONV, way(lowering))
-        with pytest.raises(TypeError):
+        with pytest.raises(AssertionError, match="asked"):
             fresh()(replace(CONV, batch=3), way(lowering))
 
 
@@ -209,12 +212,13 @@ def test_it_ends_with_who_started_it_a_script_on_standard_input_too():
         from jaxlayout import Candidate, ConvDimensionNumbers, CostTable
         from jaxlayout.convs.lowering import registered
         from jaxlayout.measure import contained
-        from test_lowerings import conv
+        from signatures import signature
 
         print("run")
         proofs = contained.Proofs.of(CostTable(":memory:"), jax.devices()[0], None)
         with registered(planted.Sound()):
-            found = proofs(conv((2, 6, 6, 4), (3, 3, 4, 8)), Candidate("sound", ConvDimensionNumbers.channels_last(2)))
+            way = Candidate("sound", ConvDimensionNumbers.channels_last(2))
+            found = proofs(signature((2, 6, 6, 4), (3, 3, 4, 8)), way)
         print(found.status)
         print(contained._helpers[os.getpid()].process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -365,8 +369,7 @@ def test_doctor_says_so(no_helper, monkeypatch):
 
 
 def net(x: Any, k: Any) -> Any:
-    y = lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return jnp.tanh(y)
+    return jnp.tanh(conv(x, k, LAST))
 
 
 def arguments() -> tuple[Any, Any]:
@@ -453,8 +456,14 @@ def test_a_stored_plan_of_another_machine_is_seen_to_run_first(only, forced, not
 def test_the_proof_is_of_this_machine_alone(only, forced, monkeypatch, tmp_path):
     only(planted.Sound)
     asked = []
-    run = Proofs._run
-    monkeypatch.setattr(Proofs, "_run", lambda proofs, *form: asked.append(form) or run(proofs, *form))
+    ask = Helper.ask
+
+    def noted(helper: Helper, request: Any, *rest: Any) -> Any:
+        if "conv" in request:
+            asked.append(request)
+        return ask(helper, request, *rest)
+
+    monkeypatch.setattr(Helper, "ask", noted)
     with registered(planted.Sound()):
         plan = auto_layout(net).plan(*arguments())
         assert len(asked) == 1
@@ -517,15 +526,11 @@ def test_a_program_that_took_its_process_down_on_trial_is_not_tried_again(tmp_pa
         from jaxlayout.tuning import pipeline
         from jaxlayout.convs.lowering import register_lowering
         from jaxlayout.tuning.model import CostModel
-        from conftest import measurement
+        from made_up import made_up
         from test_contained import Unsuspected, arguments, net
 
-        def measure(jobs, **_):  # nothing runs
-            for job in jobs:
-                yield job, {name: measurement(1e9 if "xla" in name else 1.0) for name in job.alternatives}
-
         register_lowering(Unsuspected())
-        pipeline.measure = measure
+        pipeline.measure = made_up(lambda *_: 1.0)  # nothing runs
         CostModel.candidates = lambda model, conv, written, relaxed: (written, Candidate("aborts", written.dims))
         auto_layout(net)(*arguments())
     """

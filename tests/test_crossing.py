@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import measurement
 from drawing import examples
+from helpers import conv
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
 from jax.extend.core.primitives import conv_general_dilated_p
-from programs import READS_PAST_LHS
-from test_lowerings import conv, convs, last, native, operands, through
+from made_up import measurement
+from signatures import convs, last, native, operands, signature, through
+from steps import READS_PAST_LHS
 
 from jaxlayout import LayoutPolicy, auto_layout
 from jaxlayout.cli import checks
@@ -32,7 +33,7 @@ from jaxlayout.graph.program import equations
 from jaxlayout.measure.jobs import conv_job, measure
 from jaxlayout.measure.reference import reference
 from jaxlayout.runtime.malloc import amid, soiled_memory
-from jaxlayout.tuning import pipeline as stages
+from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.forced import channels_last, force
 from jaxlayout.verify.accept import compare
 from jaxlayout.verify.accuracy import Accuracy
@@ -87,7 +88,7 @@ def test_no_form_of_ours_crosses(c):
 
 def test_phases_of_a_plain_transposed_convolution_do_not_cross():
     """It has no negative padding itself; the phase that begins at the second element has."""
-    c = conv((2, 7, 7, 8), (3, 3, 8, 5), lhs_dilation=(2, 2), padding=((0, 3), (0, 3)))
+    c = signature((2, 7, 7, 8), (3, 3, 8, 5), lhs_dilation=(2, 2), padding=((0, 3), (0, 3)))
     assert not c.crosses
     dims = last(2)
     jaxpr = jax.make_jaxpr(lambda lhs, rhs: evaluate("phases", c, dims, lhs, rhs))(*operands(c))
@@ -101,20 +102,20 @@ def exact(c):
 
 
 CASES = [
-    conv((2, 9, 8), (3, 8, 8), padding=((-1, 1),)),
-    conv((2, 9, 8), (3, 8, 8), padding=((-2, 3),), strides=(2,)),
-    conv((2, 9, 8, 8), (3, 3, 8, 8), padding=((-1, 1), (0, 0))),
-    conv((2, 9, 8, 3), (3, 3, 3, 4), padding=((1, 0), (-2, 1)), strides=(2, 1)),
-    conv((2, 9, 8, 8), (3, 3, 8, 8), padding=((2, -1), (-1, 2)), rhs_dilation=(2, 1)),
-    conv((2, 9, 8, 8), (1, 1, 8, 8), padding=((-1, 1), (0, 0))),
-    conv((2, 9, 8, 8), (3, 3, 1, 8), padding=((-1, 1), (-1, 0)), groups=8),
-    conv((2, 9, 8, 8), (3, 3, 4, 6), padding=((-1, 1), (0, 0)), groups=2),
-    conv((2, 7, 6, 8), (3, 3, 8, 5), padding=((-2, 3), (1, 1)), lhs_dilation=(2, 2)),
-    conv((2, 7, 6, 8), (3, 3, 8, 5), padding=((-3, 4), (0, 2)), lhs_dilation=(3, 1), strides=(2, 1)),
-    conv((4, 9, 8, 3), (8, 7, 3, 6), padding=((-1, 1), (0, 0)), batch_groups=2),
-    conv((2, 4, 6, 7, 4), (3, 2, 3, 4, 5), padding=((0, 0), (-1, 1), (-1, 2))),
-    conv((2, 9, 8, 8), (3, 3, 8, 8), padding=((-1, 1), (0, 0)), dtype="bfloat16"),
-    conv((2, 3, 8, 4), (3, 3, 4, 4), padding=((-5, 5), (0, 0))),  # nothing is left of lhs
+    signature((2, 9, 8), (3, 8, 8), padding=((-1, 1),)),
+    signature((2, 9, 8), (3, 8, 8), padding=((-2, 3),), strides=(2,)),
+    signature((2, 9, 8, 8), (3, 3, 8, 8), padding=((-1, 1), (0, 0))),
+    signature((2, 9, 8, 3), (3, 3, 3, 4), padding=((1, 0), (-2, 1)), strides=(2, 1)),
+    signature((2, 9, 8, 8), (3, 3, 8, 8), padding=((2, -1), (-1, 2)), rhs_dilation=(2, 1)),
+    signature((2, 9, 8, 8), (1, 1, 8, 8), padding=((-1, 1), (0, 0))),
+    signature((2, 9, 8, 8), (3, 3, 1, 8), padding=((-1, 1), (-1, 0)), groups=8),
+    signature((2, 9, 8, 8), (3, 3, 4, 6), padding=((-1, 1), (0, 0)), groups=2),
+    signature((2, 7, 6, 8), (3, 3, 8, 5), padding=((-2, 3), (1, 1)), lhs_dilation=(2, 2)),
+    signature((2, 7, 6, 8), (3, 3, 8, 5), padding=((-3, 4), (0, 2)), lhs_dilation=(3, 1), strides=(2, 1)),
+    signature((4, 9, 8, 3), (8, 7, 3, 6), padding=((-1, 1), (0, 0)), batch_groups=2),
+    signature((2, 4, 6, 7, 4), (3, 2, 3, 4, 5), padding=((0, 0), (-1, 1), (-1, 2))),
+    signature((2, 9, 8, 8), (3, 3, 8, 8), padding=((-1, 1), (0, 0)), dtype="bfloat16"),
+    signature((2, 3, 8, 4), (3, 3, 4, 4), padding=((-5, 5), (0, 0))),  # nothing is left of lhs
 ]
 
 
@@ -179,7 +180,7 @@ def records(job, **how):
 
 def planted(**functions):
     """A job of a convolution whose alternatives are functions of what XLA gives; the first is as written."""
-    c = conv((2, 6, 6, 4), (3, 3, 4, 4))
+    c = signature((2, 6, 6, 4), (3, 3, 4, 4))
     job = conv_job(c, [Candidate("xla", last(2))])
     (name,) = job.alternatives
     plain = job.alternatives[name]
@@ -222,7 +223,7 @@ def test_a_wrong_written_form_allows_nothing_to_others(caplog):
 
 
 def test_rounding_of_the_written_form_allows_twice_as_much():
-    bound = conv_job(conv((2, 6, 6, 4), (3, 3, 4, 4)), [Candidate("xla", last(2))]).bound
+    bound = conv_job(signature((2, 6, 6, 4), (3, 3, 4, 4)), [Candidate("xla", last(2))]).bound
     allowed = bound(0.0)
     assert bound(3 * allowed) == 6 * allowed and bound(1e6) == bound(np.inf) == allowed
 
@@ -286,12 +287,9 @@ def test_explain_tells_what_is_wrong_as_written(costs, monkeypatch):
                 found[next(iter(found))] = replace(measurement(1e6), **wrong, detail="error 1e+06, allowed 1e-06")
             yield job, found
 
-    monkeypatch.setattr(stages, "measure", seen)
+    monkeypatch.setattr(pipeline, "measure", seen)
 
-    def f(x, k):
-        return lax.conv_general_dilated(x, k, (1, 1), "SAME")
-
-    told = auto_layout(f).explain(jnp.ones((2, 3, 6, 5)), jnp.ones((4, 3, 3, 3)))
+    told = auto_layout(conv).explain(jnp.ones((2, 3, 6, 5)), jnp.ones((4, 3, 3, 3)))
     assert told.sites[0].wrong == "error 1e+06, allowed 1e-06"
     for text in (str(told), told._repr_html_()):
         assert "XLA is wrong here" in text and "error 1e+06, allowed" in " ".join(text.split())

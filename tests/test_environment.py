@@ -6,23 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
+from helpers import python
 
 from jaxlayout.measure.environment import current_environment
 from jaxlayout.table.measurement import MEASURING
 
-ROOT = Path(__file__).parents[1]
-
 
 def run(script: str, **variables: str) -> str:
-    command = [sys.executable, "-W", "error", "-c", script]
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | variables, check=True, capture_output=True, text=True, timeout=120
-    ).stdout.strip()
+    return python("-c", script, **variables).stdout.strip()
 
 
 # The environment

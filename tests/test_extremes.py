@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from programs import at_random
+from plans import at_random
 
 from jaxlayout import auto_layout
 from jaxlayout.tuning import pipeline
@@ -32,9 +33,8 @@ KERNELS = {"NCHW": "OIHW", "NHWC": "HWIO"}
 UP = ((1, 2), (1, 2))
 
 
-def conv(x: Any, k: Any, order: str, strides: int = 1, padding: Any = "SAME", **keywords: Any) -> Any:
-    numbers = (order, KERNELS[order], order)
-    return lax.conv_general_dilated(x, k, (strides,) * 2, padding, dimension_numbers=numbers, **keywords)
+def conv(x: Any, k: Any, order: str, **keywords: Any) -> Any:
+    return helpers.conv(x, k, f"{order},{KERNELS[order]}->{order}", **keywords)
 
 
 def net(p: Params, x: Any, order: str = "NCHW", normal: bool = True) -> tuple[Any, Any]:

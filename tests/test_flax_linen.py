@@ -9,14 +9,13 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import flax
 import flax.linen as nn
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,16 +23,18 @@ import optax
 import pytest
 from flax import serialization
 from flax.training.train_state import TrainState
+from helpers import is_tuned, normal, python
 
-from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.flax.linen import auto_layout
-from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
+X = normal(0, 2, 8, 8, 3)
 KEY = jax.random.key(0)
 TRAINING: Any = dict(train=True, rngs={"dropout": jax.random.key(1)}, mutable=["batch_stats"])
+
+
+close = functools.partial(helpers.close, least=1.0)
 
 
 class Block(nn.Module):
@@ -83,18 +84,6 @@ class Compact(nn.Module):
         x = self.wrap(Block(name="named"))(x, train)
         x = self.wrap(nn.Sequential([nn.Conv(4, (3, 3)), nn.relu, nn.Conv(4, (3, 3), name="last")]))(x)
         return self.wrap(nn.Conv(2, (3, 3)))(x)
-
-
-def is_tuned(fun: Any, *args: Any) -> bool:
-    return any(eqn.primitive is tuned_conv_p for eqn in equations(jax.make_jaxpr(fun)(*args)))
-
-
-def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    """Equal in structure, and in numbers up to the order of a sum."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(b).max(initial=0))))
 
 
 @functools.cache
@@ -534,4 +523,4 @@ def test_what_is_refused():
 
 def test_importing_jaxlayout_does_not_import_flax():
     code = "import sys, jaxlayout; sys.exit(bool({'flax', 'optax'} & sys.modules.keys()))"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)

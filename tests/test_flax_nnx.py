@@ -10,21 +10,21 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import helpers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx, serialization
+from helpers import normal
 
 from jaxlayout import Plan
-from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.flax.nnx import AutoLayout, auto_layout
-from jaxlayout.graph.program import equations
 
 pytestmark = pytest.mark.usefixtures("forced")
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 8, 8, 3)), jnp.float32)
+X = normal(0, 2, 8, 8, 3)
 
 
 class Block(nnx.Module):
@@ -60,8 +60,7 @@ def block() -> Any:
 
 def is_tuned(fun: Callable[..., Any], model: nnx.Module, *args: Any) -> bool:
     graphdef, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(lambda state, *args: jax.tree.leaves(fun(nnx.merge(graphdef, state), *args)))(state, *args)
-    return any(eqn.primitive is tuned_conv_p for eqn in equations(jaxpr))
+    return helpers.is_tuned(lambda state, *args: jax.tree.leaves(fun(nnx.merge(graphdef, state), *args)), state, *args)
 
 
 def pure(tree: Any) -> Any:
@@ -72,12 +71,7 @@ def pure(tree: Any) -> Any:
 
 
 def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    """Equal in structure, and in numbers up to the order of a sum."""
-    found, expected = pure(found), pure(expected)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(np.abs(b).max(initial=0))))
+    helpers.close(pure(found), pure(expected), tolerance, least=1.0)
 
 
 # Functions

@@ -7,22 +7,27 @@ left of the program is read from the jaxpr of the part that calls run.
 from __future__ import annotations
 
 import gc
+import math
+import re
 import weakref
 from collections import Counter
 from functools import partial
 from typing import Any
 
+import helpers
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import measurement
 from flax import linen
+from helpers import close, normal
 from jax import lax
+from made_up import made_up
+from toys import offer
 
 from jaxlayout import Candidate, ConvDimensionNumbers, Frozen, Plan, auto_layout
-from jaxlayout.convs.lowering import Lowering, lowerings, registered
+from jaxlayout.convs.lowering import Lowering, registered
 from jaxlayout.convs.primitive import tuned_conv_p
 from jaxlayout.graph.build import Mode, build_graph
 from jaxlayout.graph.program import equations, program_key
@@ -34,24 +39,11 @@ from jaxlayout.verify.accept import Verdict
 
 pytestmark = pytest.mark.usefixtures("forced")
 
-ORDERS = {"NHWC": ("NHWC", "HWIO", "NHWC"), "NCHW": ("NCHW", "OIHW", "NCHW"), "mixed": ("NHWC", "OIHW", "NCHW")}
-ORDERS["odd"] = ("NCHW", "HWIO", "NCHW")
-
-
-def normal(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+DIMS = {"NHWC": "NHWC,HWIO->NHWC", "NCHW": "NCHW,OIHW->NCHW", "mixed": "NHWC,OIHW->NCHW", "odd": "NCHW,HWIO->NCHW"}
 
 
 def positive(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).uniform(0.5, 1.5, shape), dtype)
-
-
-def close(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * float(np.abs(b).max(initial=0)))
 
 
 def left(frozen: Frozen, *args: Any, **kwargs: Any) -> Counter[str]:
@@ -75,8 +67,7 @@ def batch_norm(p: Any, x: Any, order: str, how: str = "index") -> Any:
 
 def net(params: Any, x: Any, order: str = "NHWC", how: str = "index") -> Any:
     for p in params:
-        numbers = ORDERS[order]
-        x = lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=numbers)
+        x = conv(x, p["kernel"], order)
         x = jnp.tanh(batch_norm(p, x, order, how))
     return {"features": x, "mean": x.mean((0, 1, 2, 3))}
 
@@ -99,7 +90,7 @@ def image(order: str = "NHWC", batch: int = 2, dtype: Any = np.float32) -> jax.A
 
 
 def conv(x, k, order="NHWC", **keywords):
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=ORDERS[order], **keywords)
+    return helpers.conv(x, k, DIMS[order], **keywords)
 
 
 K, V = normal(0, 3, 3, 3, 4), positive(1, 4)
@@ -215,7 +206,6 @@ def test_frozen_arrays_are_arguments():
 
 def test_closed_over_arrays_are_frozen_too():
     kernel, norm = PARAMS[0]["kernel"], PARAMS[0]
-    conv = partial(lax.conv_general_dilated, window_strides=(1, 1), padding="SAME", dimension_numbers=ORDERS["NHWC"])
     frozen = auto_layout(lambda x: batch_norm(norm, conv(x, kernel), "NHWC")).freeze()
     close(frozen(X), batch_norm(norm, conv(X, kernel), "NHWC"))
     assert frozen.outcome(X).folded
@@ -334,12 +324,12 @@ def test_only_as_far_as_it_goes():
     assert left(frozen, X)["mul"] == 1
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", DIMS)
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("kind", ["feature_group_count", "batch_group_count"])
 def test_grouped(order, groups, kind):
     """Out features 8, and 4 in: depthwise with a multiplier where there are 4 groups."""
-    lhs, rhs, out = ORDERS[order]
+    lhs, rhs, out = re.split(",|->", DIMS[order])
     sizes = {"N": 4, "C": 4, "H": 6, "W": 5} | {"O": 8, "I": 4 // groups if kind[0] == "f" else 4}
     x = normal(3, *(sizes[a] for a in lhs))
     k = normal(4, *((sizes | {"H": 3, "W": 3})[a] for a in rhs))
@@ -406,7 +396,7 @@ def test_the_judge_sees_the_folded_function(judged):
 
 def test_a_slow_verdict_leaves_the_original(monkeypatch):
     refused = Verdict(kept=False, reason="made up", cause="time")
-    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda line, plan: refused)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda pipeline, plan: refused)
     frozen = auto_layout(net).freeze(PARAMS)
     close(frozen(X), net(PARAMS, X))
     there = left(frozen, X)
@@ -451,24 +441,17 @@ class Packed(Lowering):
 
 def packed_kernels(frozen: Frozen, x: Any) -> list[int]:
     """The sizes of what the function has kept of kernels a hundred times as large."""
-    return sorted(kept.size for kept in frozen._found((x,), {})[0].kept if kept.ndim == 5)
+    return sorted(math.prod(kept.shape) for kept in frozen.trace(x).jaxpr.in_avals if len(kept.shape) == 5)
 
 
 @pytest.fixture
 def packed(judged, monkeypatch):
     """`judged`, and `packed` seems to be the fastest way, then XLA's with another order of the kernel."""
     cost = {"packed": 1e3, "xla": 1e4}
-
-    def measure(jobs, **_):
-        for job in jobs:
-            written, *others = job.alternatives
-            ns = {name: cost.get(name.partition("@")[0], 1e8) for name in others}
-            yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
-
+    measure = made_up(lambda name, _: cost.get(name.partition("@")[0], 1e8))
     monkeypatch.setattr(pipeline, "measure", measure)
     monkeypatch.setattr("jaxlayout.verify.accept.LITTLE", 0)
-    ways = {"packed": Packed(), "xla": lowerings()["xla"]}
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: ways)
+    offer(monkeypatch, Packed(), "xla")
     with registered(Packed()):
         yield
 
@@ -492,7 +475,7 @@ def test_what_is_prepared_counts_as_memory(packed):
 
 
 def test_what_is_refused_for_its_memory_says_so(packed, monkeypatch):
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"packed": Packed()})
+    offer(monkeypatch, Packed())
     frozen = auto_layout(lambda k, x: conv(x, k), memory_limit=1.0).freeze(K)
     close(frozen(X), conv(X, K))
     words = f"{99 * K.nbytes} of them for prepared arguments"
@@ -511,7 +494,7 @@ def test_weights_that_the_function_widens(judged, monkeypatch, policy, limit, dt
     k = normal(0, 3, 3, 3, 4, dtype=jnp.bfloat16)
     frozen = auto_layout(f, memory_limit=limit, policy=policy, on_miss="heuristic").freeze(k)
     close(frozen(X), f(k, X))
-    assert [x.dtype for x in frozen._found((X,), {})[0].kept] == [dtype]
+    assert [a.dtype for a in frozen.trace(X).jaxpr.in_avals] == [dtype, X.dtype]
 
 
 def donate(tree: Any) -> None:

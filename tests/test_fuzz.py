@@ -14,17 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from builder import Program
 from drawing import FUZZ, examples
+from helpers import lowerings_used
 from hypothesis import assume, event, given, reject
 from hypothesis import strategies as st
 from jax import lax
-from programs import Program, at_random, programs
-from test_retrace import assert_same, inexact, real_part
+from plans import at_random
+from programs import assert_same, inexact, programs, real_part
+from tables import as_another_process
 from test_transformations import Function, by_cond, by_grad, by_scan, by_vmap
 
 from jaxlayout import auto_layout
-from jaxlayout.convs.lowering import evaluate
-from jaxlayout.tuning import pipeline, stores
+from jaxlayout.tuning import pipeline
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -143,9 +145,8 @@ def test_any_lowering_anywhere_leaves_the_values(way: str, setting: Any, seed: i
     program: Program = data.draw(programs(kinks=not smooth, most=5))
     with program.config(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "measure", at_random(seed))
-        patch.setattr(stores, "_tables", {})
-        used: set[str] = set()
-        patch.setattr("jaxlayout.convs.primitive.evaluate", lambda name, *rest: used.add(name) or evaluate(name, *rest))
+        as_another_process(patch)
+        used = lowerings_used(patch)
         args = program.arguments(seed)
         fun: Function = program
         if smooth:

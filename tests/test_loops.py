@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FIRST, conv
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
@@ -16,7 +17,7 @@ from jax.experimental.ode import odeint
 from jax.extend.core import Primitive
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_retrace import FIRST, LAST, conv, forced, retraced, single, trace, transposes, whole_numbers
+from rewriting import MIXED, plan_in, retraced, single, trace, transposes, whole_numbers
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
@@ -123,7 +124,7 @@ PROGRAMS = {
 def test_they_are_entered_and_give_the_same(name):
     fun, args = PROGRAMS[name]
     jaxpr = trace(fun, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     sites = [eqn for eqn in equations(retraced(jaxpr, plan)) if eqn.primitive in CONVOLUTIONS]
     assert sites and all(eqn.primitive is tuned_conv_p for eqn in sites)
     found, wanted = (jax.tree.leaves(jax.jit(f)(*args)) for f in (retrace(jaxpr, plan), fun))
@@ -138,14 +139,14 @@ def test_they_are_entered_and_give_the_same(name):
 def test_what_is_carried_keeps_its_order(name, primitive):
     fun, args = PROGRAMS[name]
     jaxpr = trace(fun, *args)
-    new = retraced(jaxpr, forced(jaxpr, LAST))
+    new = retraced(jaxpr, plan_in(jaxpr, MIXED))
     assert count(new) and not count(the_body(new, primitive))
 
 
 def test_what_many_loops_carry_keeps_their_axes_first():
     """XLA has one loop for all, which chooses among them by the condition's axes, the first of what is carried."""
     jaxpr = trace(*PROGRAMS["many"][:1], *PROGRAMS["many"][1])
-    graph = build_graph(jaxpr, lambda conv, written: [written, Candidate("xla", ConvDimensionNumbers.parse(LAST))])
+    graph = build_graph(jaxpr, lambda conv, written: [written, Candidate("xla", ConvDimensionNumbers.parse(MIXED))])
     ports = [node for node in graph.nodes if node.kind == "port" and node.port and node.port.fixed]
     assert ports and all(order[:1] == (0,) for node in ports for mode in node.modes for order in mode.operands if order)
     assert any(len(node.modes) > 1 for node in ports)
@@ -162,7 +163,7 @@ def test_many_differential_equations():
 
     args = jnp.stack([X, -2 * X]), np.array([0.5, 2], np.float32), K / 9
     jaxpr = trace(solved, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert any(site.primitive is tuned_conv_p for site in equations(retraced(jaxpr, plan)))
     np.testing.assert_allclose(jax.jit(single(jaxpr, plan))(*args), jax.jit(solved)(*args), rtol=1e-4, atol=1e-4)
 
@@ -174,7 +175,7 @@ def test_what_a_loop_does_not_change_is_converted_once():
         return lax.fori_loop(0, 3, lambda i, x: wrapped(lax.sort(conv(x, k, FIRST), 3)), x)
 
     jaxpr = trace(fun, X, K)
-    plan = forced(jaxpr, "NHWC,HWIO->NHWC")
+    plan = plan_in(jaxpr, "NHWC,HWIO->NHWC")
     new = retraced(jaxpr, plan)
     assert count(the_body(new, "scan")) == 2 and count(new) == 3
     assert sorted(c.times for c in plan.conversions) == [1, 3, 3]
@@ -203,7 +204,7 @@ def test_a_call_inside_a_loop_is_nested():
 
 def test_a_plan_whose_orders_cannot_be_is_refused():
     jaxpr = trace(scanned, X, K)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     ((path, mode),) = [(path, mode) for path, mode in plan.choices.items() if not mode.candidate and len(path) == 1]
     written = tuple(tuple(range(len(order))) for order in mode.operands)
     wrong = dataclasses.replace(plan, choices={path: dataclasses.replace(mode, operands=written)})
@@ -233,16 +234,19 @@ def test_gradients_of_checkpoints_keep_their_policy():
     for policy in (None, policies.dots_saveable, policies.save_only_these_names("y"), policies.everything_saveable):
         loss = fun(policy)
         jaxpr = trace(loss, X, K)
-        plan = forced(jaxpr, LAST)
+        plan = plan_in(jaxpr, MIXED)
         assert convolutions(single(jaxpr, plan)) == convolutions(loss)
         assert (convolutions(loss) < recomputed) == (policy is not None)
         # A plan for the gradient: the barriers around what is computed again stay.
         gradient = trace(jax.grad(loss, (0, 1)), X, K)
-        new = retraced(gradient, forced(gradient, LAST))
+        new = retraced(gradient, plan_in(gradient, MIXED))
         assert [e.params["differentiated"] for e in equations(new) if e.primitive.name == "remat2"] == [
             e.params["differentiated"] for e in equations(gradient) if e.primitive.name == "remat2"
         ]
-        found, wanted = jax.jit(retrace(gradient, forced(gradient, LAST)))(X, K), jax.jit(jax.grad(loss, (0, 1)))(X, K)
+        found, wanted = (
+            jax.jit(retrace(gradient, plan_in(gradient, MIXED)))(X, K),
+            jax.jit(jax.grad(loss, (0, 1)))(X, K),
+        )
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
@@ -259,7 +263,7 @@ def test_effects_in_loops_come_as_often_and_in_order():
         return lax.fori_loop(0, 3, step, x)
 
     jaxpr = trace(program, X, K)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert not plan.trivial
     seen_by = []
     for fun in (program, single(jaxpr, plan)):
@@ -284,7 +288,7 @@ def test_a_sharding_constraint_follows_the_axes():
 
     jaxpr = trace(fun, X, K)
     assert not build_graph(jaxpr, lambda conv, written: [written]).barriers
-    plan = forced(jaxpr, "CNHW,OIHW->CNHW")
+    plan = plan_in(jaxpr, "CNHW,OIHW->CNHW")
     new = retraced(jaxpr, plan)
     (eqn,) = [eqn for eqn in equations(new) if eqn.primitive.name == "sharding_constraint"]
     assert tuple(eqn.params["sharding"].spec)[:2] == (free, "data") and eqn.params["unconstrained_dims"] == {0}
@@ -301,7 +305,7 @@ def test_shard_map_is_entered(check):
         per_device, mesh=mesh(), in_specs=(P("data"), P()), out_specs=(P("data"), P()), check_vma=check
     )
     jaxpr = trace(mapped, X, K)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     new = retraced(jaxpr, plan)
     assert count(new) == len(plan.conversions) == 2
     for a, b in zip(jax.jit(retrace(jaxpr, plan))(X, K), jax.jit(mapped)(X, K), strict=True):
@@ -309,7 +313,7 @@ def test_shard_map_is_entered(check):
         np.testing.assert_array_equal(a, b)
     gradient = trace(jax.grad(lambda x, k: mapped(x, k)[0].sum(), (0, 1)), X, K)
     for a, b in zip(
-        jax.jit(retrace(gradient, forced(gradient, LAST)))(X, K),
+        jax.jit(retrace(gradient, plan_in(gradient, MIXED)))(X, K),
         jax.jit(jax.grad(lambda x, k: mapped(x, k)[0].sum(), (0, 1)))(X, K),
         strict=True,
     ):

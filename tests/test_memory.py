@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+from helpers import python
 
 PROGRAM = """
 import resource
@@ -50,7 +50,7 @@ with soiled_memory():
 
 
 def page_faults(how: str) -> int:
-    return int(subprocess.run([sys.executable, "-c", PROGRAM, how], capture_output=True, text=True, check=True).stdout)
+    return int(python("-c", PROGRAM, how).stdout)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is about glibc")

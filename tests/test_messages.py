@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "messages.md").read_text()
 
 GIVEN = ("logger.warning", "tell_once", "turns.tell", "self._warn")

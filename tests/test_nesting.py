@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import nested
+from helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 DEADLINE = 300
 """Seconds that all compositions together may take; they need some 30."""
 

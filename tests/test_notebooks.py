@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import ROOT
 from once import once
 
-ROOT = Path(__file__).parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ABSOLUTE = re.compile(r"""(?:^|[\s"'=(:])((?:/[\w.+-]+){2,}|[A-Z]:\\\w+)""", re.MULTILINE)
 each = pytest.mark.parametrize("path", PATHS, ids=[path.stem for path in PATHS])

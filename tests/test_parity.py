@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers import K, X, close, conv, is_tuned, normal
 from jax import lax
 from jax.experimental import buffer_callback, io_callback, jet, roofline
-from test_api import K, X, close, conv, is_tuned, normal
 
 import jaxlayout
 from jaxlayout import Options, auto_layout
@@ -687,7 +687,12 @@ def test_pickled(make):
     expected = f(X, K)
     g = again(f)
     close(g(X, K), expected)
-    assert (g.options, g.pinned, g._tuner.told, g.__name__) == (f.options, f.pinned, f._tuner.told, f.__name__)
+    assert (g.options, g.pinned, g._tuner.jit_keywords, g.__name__) == (
+        f.options,
+        f.pinned,
+        f._tuner.jit_keywords,
+        f.__name__,
+    )
     assert g.outcome(X, K).kept and is_tuned(g, X, K)
 
 

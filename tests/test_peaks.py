@@ -6,12 +6,12 @@ import jax
 import numpy as np
 import pytest
 from drawing import examples
+from helpers import conv
 from hypothesis import example, given
-from jax import lax
 from jax import numpy as jnp
-from test_guards import Toy, records
-from test_lowerings import conv, convs, last
-from test_relaxed_lowerings import DENSE, LARGE
+from made_up import measurement
+from signatures import DENSE, LARGE, convs, last, signature
+from toys import Toy, offer, records
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate
@@ -23,10 +23,6 @@ from jaxlayout.table.measurement import Measurement
 
 look = Peaks.look
 X, K = jnp.ones((2, 4, 6, 6)), jnp.ones((4, 4, 3, 3))
-
-
-def nchw(x, k):
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
 class Endless(Toy):
@@ -46,11 +42,7 @@ class Endless(Toy):
 def peaks(macs: float = 1e6, nbytes: float = 1e6) -> Peaks:
     """A nanosecond for each of them."""
     known = {"macs": macs, "bytes": nbytes}
-    return Peaks(None, None, {unit: measured(ns) for unit, ns in known.items()})
-
-
-def measured(ns: float) -> Measurement:
-    return Measurement(status="ok", median_ns=ns, spread_ns=0.0, runs=3, error=None, temp_bytes=None, program="")
+    return Peaks(None, None, {unit: measurement(ns) for unit, ns in known.items()})
 
 
 def statuses(c, ways, known):
@@ -60,7 +52,7 @@ def statuses(c, ways, known):
     return ["ok" if record.runs else record.status for record in found.values()]
 
 
-SMALL = conv((2, 6, 6, 4), (3, 3, 4, 4), padding=((1, 1), (1, 1)))
+SMALL = signature((2, 6, 6, 4), (3, 3, 4, 4), padding=((1, 1), (1, 1)))
 FIRST = next(iter(Toy().orders(SMALL)))
 
 
@@ -87,7 +79,7 @@ def test_other_orders_may_still_spare_a_conversion():
 
 
 def test_half_precision_may_have_arithmetic_of_its_own():
-    c = conv((2, 6, 6, 4), (3, 3, 4, 4), padding=((1, 1), (1, 1)), dtype="bfloat16")
+    c = signature((2, 6, 6, 4), (3, 3, 4, 4), padding=((1, 1), (1, 1)), dtype="bfloat16")
     with registered(Endless()):
         assert statuses(c, [Candidate("xla", FIRST), Candidate("toy", FIRST)], peaks()) == ["ok", "ok"]
 
@@ -109,19 +101,19 @@ def test_tuning_prunes_and_remembers(monkeypatch):
 
     def looked(peaks):
         looks.append(dict(peaks.records))
-        peaks.keep({"macs": measured(1e6), "bytes": measured(1e6)})
-        peaks.records = {"macs": measured(1e6), "bytes": measured(1e6)}
+        peaks.keep({"macs": measurement(1e6), "bytes": measurement(1e6)})
+        peaks.records = {"macs": measurement(1e6), "bytes": measurement(1e6)}
 
     monkeypatch.setattr(Peaks, "look", looked)
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"toy": toy, "xla": lowerings()["xla"]})
     with registered(Endless()) as toy:
-        np.testing.assert_allclose(auto_layout(nchw)(X, K), nchw(X, K), rtol=1e-5)
+        offer(monkeypatch, toy, "xla")
+        np.testing.assert_allclose(auto_layout(conv, verdict=False)(X, K), conv(X, K), rtol=1e-5)
         found = records()
         assert not toy.compiled
         assert found["toy@1:NCHW,OIHW->NCHW"]["status"] == "pruned"
         assert "ms at least" in found["toy@1:NCHW,OIHW->NCHW"]["detail"]
         assert found["macs"]["median_ns"] == 1e6
-        auto_layout(lambda x, k: nchw(x, k) + 1)(X[:1], K)
+        auto_layout(lambda x, k: conv(x, k) + 1, verdict=False)(X[:1], K)
         assert looks[0] == {} and looks[-1].keys() == {"macs", "bytes"}
 
 
@@ -136,14 +128,14 @@ def test_peaks_of_this_machine():
     assert all(0 < ns < 1e15 for ns in first)
     look(found)
     assert found.least_ns(10**12, 0) <= first[0]
-    again = Peaks(jax.devices()[0], None, {unit: measured(1e-9) for unit in kept}, kept.update)
+    again = Peaks(jax.devices()[0], None, {unit: measurement(1e-9) for unit in kept}, kept.update)
     look(again)
     assert again.least_ns(10**9, 0) == pytest.approx(1e3 * 1e-9 / HEADROOM)
 
 
 @examples(60)
 @given(convs(dtypes=("int32",)))
-@example(conv((2, 7, 7, 40), (7, 7, 1, 40), groups=40, padding=((3, 3), (3, 3)), dtype="int32"))
+@example(signature((2, 7, 7, 40), (7, 7, 1, 40), groups=40, padding=((3, 3), (3, 3)), dtype="int32"))
 def test_products(c):
     """As many as a convolution of ones adds up; what the lowerings say they do at least."""
     ones = (np.ones(shape, np.int32) for shape in (c.lhs_shape(last(c.rank).lhs), c.rhs_shape(last(c.rank).rhs)))
@@ -156,8 +148,8 @@ def test_products(c):
 
 
 def test_fewer_multiplications_are_said():
-    for c, name, most in ((conv(*DENSE), "winograd4", 0.5), (conv(*LARGE), "fft", 0.1)):
+    for c, name, most in ((signature(*DENSE), "winograd4", 0.5), (signature(*LARGE), "fft", 0.1)):
         dims = next(iter(lowerings()[name].orders(c)))
         assert lowering_named(name).work(c, dims)[0] < most * c.macs
-    grouped = conv((2, 9, 9, 16), (3, 3, 8, 16), groups=2)
+    grouped = signature((2, 9, 9, 16), (3, 3, 8, 16), groups=2)
     assert lowering_named("groups/winograd2").work(grouped, last(2))[0] < grouped.products

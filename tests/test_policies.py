@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import FIRST, LAST, close, conv, normal
 from jax import lax
+from made_up import not_asked
 
 from jaxlayout import LayoutPolicy, Options, Plan, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv, tuned_conv_p
@@ -23,7 +25,6 @@ from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.layout import ConvDimensionNumbers, KernelLayout
 from jaxlayout.tuning.forced import OTHERS
 
-LAST, FIRST = "NHWC,HWIO->NHWC", "NCHW,OIHW->NCHW"
 CUDNN = "NHWC,OHWI->NHWC"
 
 
@@ -102,18 +103,10 @@ def test_policies_of_one_s_own():
 # Functions
 
 
-def conv(x: Any, k: Any, stride: int = 1) -> Any:
-    return lax.conv_general_dilated(x, k, (stride, stride), "SAME")
-
-
 def net(x: Any, *kernels: Any) -> Any:
     for k in kernels:
         x = jnp.maximum(conv(x, k), 0)
     return x
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
 
 
 X = normal(0, 2, 4, 8, 7)
@@ -123,12 +116,8 @@ KERNELS = [normal(i, 4, 4, 3, 3) for i in range(3)]
 @pytest.fixture
 def unmeasured(monkeypatch):
     """Nothing may be measured, judged or asked of the table."""
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise AssertionError("touched")
-
     for name in ("pipeline.measure", "pipeline.open_table", "model.open_table", "pipeline.Turns", "verifier.accept"):
-        monkeypatch.setattr(f"jaxlayout.tuning.{name}", refuse)
+        monkeypatch.setattr(f"jaxlayout.tuning.{name}", not_asked)
     yield
     assert not Path(os.environ["JAXLAYOUT_TABLE"]).exists()
 
@@ -137,11 +126,6 @@ def ways(jaxpr: Any) -> list[str]:
     """The layouts and lowering of every convolution."""
     found = [eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS]
     return [f"{eqn.params.get('lowering', 'xla')}:{written_order(eqn.params)}" for eqn in found]
-
-
-def close(found: Any, wanted: Any) -> None:
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_off_is_plain_jit(unmeasured):
@@ -236,7 +220,7 @@ def test_a_conversion_comes_before_padding_and_widening(unmeasured):
 
     def padded(x, k):
         x = jnp.sin(x)
-        return conv(lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 0), (2, 3, 0), (2, 3, 0))), k, 2)
+        return conv(lax.pad(x, 0.0, ((0, 0, 0), (0, 0, 0), (2, 3, 0), (2, 3, 0))), k, strides=2)
 
     entering, leaving = conversions_of(padded, X, KERNELS[0])
     assert entering.shape == X.shape and leaving.shape == (2, 4, 7, 6)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from jax import export, lax
 from jax.extend.core.primitives import conv_general_dilated_p
 from jax.test_util import check_grads
-from programs import compiled, conv_params
+from programs import compiled
+from steps import conv_params
 
 from jaxlayout.convs.lowering import Lowering, registered
 from jaxlayout.convs.primitive import tuned_conv, tuned_conv_p

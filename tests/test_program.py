@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import python
 from jax import lax
 
 from jaxlayout.graph.program import count_transposes, has_effects, needs_real_arguments, program_key, runs_host_code
 
-ROOT = Path(__file__).parents[1]
 X = jax.ShapeDtypeStruct((4, 4), jnp.float32)
 
 
@@ -57,10 +53,7 @@ print(program_key(jax.make_jaxpr(f)(jnp.ones((4, 4)))))
 """
 
     def run(seed: str) -> str:
-        return subprocess.run(
-            [sys.executable, "-W", "error", "-c", "\n" * int(seed) + script],
-            env=os.environ | {"PYTHONHASHSEED": seed}, cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
+        return python("-c", "\n" * int(seed) + script, PYTHONHASHSEED=seed).stdout
 
     assert "function=" in run("1")
     assert run("1") == run("2")

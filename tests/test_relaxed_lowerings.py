@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from jax import lax
 from jax import numpy as jnp
-from test_guards import tempting
-from test_lowerings import conv, last, operands, plain, through
+from signatures import DENSE, LARGE, last, operands, plain, signature, through
 from test_primitive import rebound
+from toys import offer, tempt
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate, candidates
@@ -75,7 +75,7 @@ def windows(draw, dtypes=("float32", "float64", "float16", "bfloat16")):
     sizes = tuple(max(1, size) for size in sizes)
     features, out = draw(st.integers(8, 11)), draw(st.integers(8, 11))
     shapes = (draw(st.integers(0, 2)), *sizes, features), (3, 3, features, out)
-    return conv(*shapes, padding=padding, dtype=draw(st.sampled_from(dtypes)))
+    return signature(*shapes, padding=padding, dtype=draw(st.sampled_from(dtypes)))
 
 
 @examples(25)
@@ -98,7 +98,7 @@ def test_winograd2_is_exact_on_small_integers(c):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["winograd2", "winograd4"])
 def test_not_a_number_spreads_over_its_tiles(name, bad):
-    c = conv((1, 16, 16, 8), (3, 3, 8, 8), padding=SAME)
+    c = signature((1, 16, 16, 8), (3, 3, 8, 8), padding=SAME)
     lhs, rhs = operands(c)
     lhs[0, 6, 9, 3] = bad
     expected = np.isfinite(plain(c, lhs, rhs))
@@ -138,7 +138,7 @@ def large_kernels(draw):
     elif kind in ("batch", "gradient"):
         batch_groups = draw(st.integers(1, 3))
         batch, out = batch * batch_groups, out * batch_groups
-    return conv(
+    return signature(
         (batch, *spatial, features),
         (*kernel, features // groups, out),
         dtype=dtype,
@@ -165,7 +165,7 @@ def stems(draw):
     spatial = tuple(draw(st.integers(4, 15 if rank < 3 else 7)) for _ in range(rank))
     features, out = draw(st.integers(1, 4)), draw(st.integers(0, 5))
     shapes = (draw(st.integers(0, 2)), *spatial, features), (*kernel, features, out)
-    return conv(*shapes, strides=(step,) * rank, padding=padding, dtype=dtype)
+    return signature(*shapes, strides=(step,) * rank, padding=padding, dtype=dtype)
 
 
 @st.composite
@@ -180,7 +180,7 @@ def narrow_groups(draw):
 
     size, dilations = st.integers(4, 7 if rank < 3 else 5), per_axis(st.integers(1, 2))
     padding, kernel = per_axis(st.tuples(st.integers(-1, 2), st.integers(-1, 2))), per_axis(st.integers(1, 3))
-    return conv(
+    return signature(
         (draw(st.integers(0, 2)), *per_axis(size), features * groups),
         (*kernel, features, groups * draw(st.integers(1, 3))),
         groups=groups,
@@ -217,15 +217,15 @@ def test_space_to_depth_equals_lax(c):
 
 @examples(25)
 @given(narrow_groups())
-@example(conv((2, 8, 8, 24), (3, 3, 8, 9), groups=3, padding=SAME))  # all of them one
-@example(conv((2, 8, 8, 36), (3, 3, 2, 54), groups=18, padding=SAME))  # nine at a time
+@example(signature((2, 8, 8, 24), (3, 3, 8, 9), groups=3, padding=SAME))  # all of them one
+@example(signature((2, 8, 8, 36), (3, 3, 2, 54), groups=18, padding=SAME))  # nine at a time
 def test_merged_equals_lax(c):
     assert_exact("merged", c)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_not_a_number_spreads_to_the_groups_merged_with_its(bad):
-    c = conv((1, 6, 6, 32), (3, 3, 4, 32), groups=8, padding=SAME)
+    c = signature((1, 6, 6, 32), (3, 3, 4, 32), groups=8, padding=SAME)
     lhs, rhs = operands(c)
     lhs[0, 3, 3, 17] = bad  # of the second half of the groups
     for out in outs("merged", c, lhs, rhs, "/groups/xla").values():
@@ -238,67 +238,67 @@ def test_not_a_number_spreads_to_the_groups_merged_with_its(bad):
 
 
 def test_relaxed_lowerings_inside_others():
-    stem = conv((1, 17, 16, 3), (6, 5, 3, 8), strides=(2, 2), padding=SAME)
+    stem = signature((1, 17, 16, 3), (6, 5, 3, 8), strides=(2, 2), padding=SAME)
     assert "space_to_depth/winograd2" in RELAXED["space_to_depth"].names(stem, last(2))
     assert_accurate("space_to_depth", stem, "/winograd2", TOLERANCE["winograd2"])
     assert_accurate("space_to_depth", stem, "/im2col", 1e-6)
 
 
-DENSE, LARGE, STEM = ((2, 9, 9, 8), (3, 3, 8, 8)), ((2, 24, 24, 2), (11, 11, 2, 3)), ((2, 16, 16, 3), (7, 7, 3, 4))
+STEM = ((2, 16, 16, 3), (7, 7, 3, 4))
 
 
 @pytest.mark.parametrize(
     ("c", "offered"),
     [
-        (conv(*DENSE), "winograd2 winograd4"),
-        (conv(*DENSE, dtype="bfloat16"), "winograd2 winograd4"),
-        (conv(*DENSE, dtype="bfloat16", preferred_element_type=np.dtype("float32")), "winograd2 winograd4"),
-        (conv(*DENSE, padding=((-1, 3), (2, -2))), "winograd2 winograd4"),
-        (conv(*DENSE, dtype="int32"), ""),
-        (conv(*DENSE, dtype="complex64"), ""),
-        (conv(*DENSE, strides=(1, 2)), ""),
-        (conv(*DENSE, lhs_dilation=(2, 1)), ""),
-        (conv(*DENSE, rhs_dilation=(1, 2)), ""),
-        (conv((2, 9, 9, 16), (3, 3, 8, 8), groups=2), "merged"),
-        (conv((2, 9, 9, 8), (3, 3, 8, 8), batch_groups=2), ""),
-        (conv((2, 9, 9, 8), (3, 3, 8, 7)), ""),
-        (conv((2, 9, 9, 7), (3, 3, 7, 8)), ""),
-        (conv((2, 9, 9, 8), (3, 2, 8, 8)), ""),
-        (conv((2, 4, 4, 8), (3, 3, 8, 8)), ""),  # fewer outputs than taps
-        (conv((2, 9, 8), (3, 8, 8)), ""),
-        (conv((2, 9, 9, 9, 8), (3, 3, 3, 8, 8)), ""),
-        (conv(*LARGE), "fft"),
-        (conv(*LARGE, dtype="float64"), "fft"),
-        (conv((2, 24, 24, 3), (11, 11, 1, 3), groups=3), "fft"),
-        (conv((2, 24, 24, 3), (11, 11, 3, 4), batch_groups=2), "fft"),
-        (conv((2, 24, 24, 3), (14, 14, 3, 4)), "fft"),
-        (conv((2, 300, 2), (121, 2, 3)), "fft"),
-        (conv((2, 10, 10, 10, 2), (5, 5, 5, 2, 3)), "fft"),
-        (conv(*LARGE, rhs_dilation=(1, 2), padding=((0, 0), (5, 5))), "fft"),
-        (conv(*LARGE, dtype="bfloat16"), ""),
-        (conv(*LARGE, dtype="complex64"), ""),
-        (conv(*LARGE, lhs_dilation=(1, 2)), ""),
-        (conv(*LARGE, strides=(1, 2)), ""),
-        (conv((2, 24, 24, 2), (11, 10, 2, 3)), ""),
-        (conv((2, 24, 24, 2), (15, 15, 2, 3)), ""),  # a gradient to a small kernel
-        (conv((2, 512, 512, 64), (11, 11, 64, 64)), ""),  # spectra of gigabytes
-        (conv((2, 4, 4, 4, 4, 2), (3, 3, 4, 4, 2, 3)), ""),
-        (conv(*STEM, strides=(2, 2)), "space_to_depth"),
-        (conv(*STEM, strides=(2, 2), dtype="int8"), "space_to_depth"),
-        (conv(*STEM, strides=(7, 7)), "space_to_depth"),
-        (conv((2, 16, 4), (3, 4, 5), strides=(3,)), "space_to_depth"),
-        (conv(*STEM), ""),
-        (conv(*STEM, strides=(2, 1)), ""),
-        (conv(*STEM, strides=(8, 8)), ""),
-        (conv(*STEM, strides=(2, 2), rhs_dilation=(2, 2)), ""),
-        (conv(*STEM, strides=(2, 2), lhs_dilation=(3, 3)), ""),
-        (conv((2, 16, 16, 5), (7, 7, 5, 4), strides=(2, 2)), ""),
-        (conv((2, 16, 16, 4), (7, 7, 1, 4), strides=(2, 2), groups=4), ""),
-        (conv((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged"),
-        (conv((2, 9, 16), (3, 2, 8), groups=8, strides=(2,), dtype="int8"), "merged"),
-        (conv((2, 9, 9, 64), (3, 3, 16, 64), groups=4), ""),
-        (conv((2, 9, 9, 14), (3, 3, 2, 14), groups=7), ""),
-        (conv((2, 16, 16, 4), (7, 7, 4, 4), strides=(2, 2), batch_groups=2), ""),
+        (signature(*DENSE), "winograd2 winograd4"),
+        (signature(*DENSE, dtype="bfloat16"), "winograd2 winograd4"),
+        (signature(*DENSE, dtype="bfloat16", preferred_element_type=np.dtype("float32")), "winograd2 winograd4"),
+        (signature(*DENSE, padding=((-1, 3), (2, -2))), "winograd2 winograd4"),
+        (signature(*DENSE, dtype="int32"), ""),
+        (signature(*DENSE, dtype="complex64"), ""),
+        (signature(*DENSE, strides=(1, 2)), ""),
+        (signature(*DENSE, lhs_dilation=(2, 1)), ""),
+        (signature(*DENSE, rhs_dilation=(1, 2)), ""),
+        (signature((2, 9, 9, 16), (3, 3, 8, 8), groups=2), "merged"),
+        (signature((2, 9, 9, 8), (3, 3, 8, 8), batch_groups=2), ""),
+        (signature((2, 9, 9, 8), (3, 3, 8, 7)), ""),
+        (signature((2, 9, 9, 7), (3, 3, 7, 8)), ""),
+        (signature((2, 9, 9, 8), (3, 2, 8, 8)), ""),
+        (signature((2, 4, 4, 8), (3, 3, 8, 8)), ""),  # fewer outputs than taps
+        (signature((2, 9, 8), (3, 8, 8)), ""),
+        (signature((2, 9, 9, 9, 8), (3, 3, 3, 8, 8)), ""),
+        (signature(*LARGE), "fft"),
+        (signature(*LARGE, dtype="float64"), "fft"),
+        (signature((2, 24, 24, 3), (11, 11, 1, 3), groups=3), "fft"),
+        (signature((2, 24, 24, 3), (11, 11, 3, 4), batch_groups=2), "fft"),
+        (signature((2, 24, 24, 3), (14, 14, 3, 4)), "fft"),
+        (signature((2, 300, 2), (121, 2, 3)), "fft"),
+        (signature((2, 10, 10, 10, 2), (5, 5, 5, 2, 3)), "fft"),
+        (signature(*LARGE, rhs_dilation=(1, 2), padding=((0, 0), (5, 5))), "fft"),
+        (signature(*LARGE, dtype="bfloat16"), ""),
+        (signature(*LARGE, dtype="complex64"), ""),
+        (signature(*LARGE, lhs_dilation=(1, 2)), ""),
+        (signature(*LARGE, strides=(1, 2)), ""),
+        (signature((2, 24, 24, 2), (11, 10, 2, 3)), ""),
+        (signature((2, 24, 24, 2), (15, 15, 2, 3)), ""),  # a gradient to a small kernel
+        (signature((2, 512, 512, 64), (11, 11, 64, 64)), ""),  # spectra of gigabytes
+        (signature((2, 4, 4, 4, 4, 2), (3, 3, 4, 4, 2, 3)), ""),
+        (signature(*STEM, strides=(2, 2)), "space_to_depth"),
+        (signature(*STEM, strides=(2, 2), dtype="int8"), "space_to_depth"),
+        (signature(*STEM, strides=(7, 7)), "space_to_depth"),
+        (signature((2, 16, 4), (3, 4, 5), strides=(3,)), "space_to_depth"),
+        (signature(*STEM), ""),
+        (signature(*STEM, strides=(2, 1)), ""),
+        (signature(*STEM, strides=(8, 8)), ""),
+        (signature(*STEM, strides=(2, 2), rhs_dilation=(2, 2)), ""),
+        (signature(*STEM, strides=(2, 2), lhs_dilation=(3, 3)), ""),
+        (signature((2, 16, 16, 5), (7, 7, 5, 4), strides=(2, 2)), ""),
+        (signature((2, 16, 16, 4), (7, 7, 1, 4), strides=(2, 2), groups=4), ""),
+        (signature((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged"),
+        (signature((2, 9, 16), (3, 2, 8), groups=8, strides=(2,), dtype="int8"), "merged"),
+        (signature((2, 9, 9, 64), (3, 3, 16, 64), groups=4), ""),
+        (signature((2, 9, 9, 14), (3, 3, 2, 14), groups=7), ""),
+        (signature((2, 16, 16, 4), (7, 7, 4, 4), strides=(2, 2), batch_groups=2), ""),
     ],
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value.replace(" ", "-"),
 )
@@ -312,13 +312,13 @@ def test_offers(c, offered):
 @pytest.mark.parametrize(
     ("c", "offered"),
     [
-        (conv(*DENSE), "winograd4"),
-        (conv(*LARGE), "fft"),
-        (conv(*STEM, strides=(2, 2)), "space_to_depth/tap_dots"),
-        (conv((2, 9, 9, 8), (6, 6, 8, 8), lhs_dilation=(2, 2), padding=((4, 4), (4, 4))), "phases/winograd2"),
-        (conv((2, 9, 9, 16), (3, 3, 8, 16), groups=2), "groups/winograd4"),
-        (conv((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged/groups/xla"),
-        (conv((2, 5, 9, 9, 8), (3, 3, 3, 8, 8)), "planes/winograd2"),
+        (signature(*DENSE), "winograd4"),
+        (signature(*LARGE), "fft"),
+        (signature(*STEM, strides=(2, 2)), "space_to_depth/tap_dots"),
+        (signature((2, 9, 9, 8), (6, 6, 8, 8), lhs_dilation=(2, 2), padding=((4, 4), (4, 4))), "phases/winograd2"),
+        (signature((2, 9, 9, 16), (3, 3, 8, 16), groups=2), "groups/winograd4"),
+        (signature((2, 9, 9, 32), (3, 3, 8, 32), groups=4), "merged/groups/xla"),
+        (signature((2, 5, 9, 9, 8), (3, 3, 3, 8, 8)), "planes/winograd2"),
     ],
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value,
 )
@@ -337,12 +337,17 @@ FIRST = ConvDimensionNumbers(ConvLayout.channels_first(2), KernelLayout.oi_first
 @pytest.mark.parametrize(
     ("name", "c", "dims", "derived"),
     [
-        ("winograd2", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2), ["winograd2", "xla"]),
-        ("winograd4", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2), ["winograd4", "xla"]),
-        ("fft", conv((2, 24, 25, 2), (12, 11, 2, 3)), FIRST, ["fft", "fft"]),
-        ("fft", conv((2, 24, 25, 2), (12, 11, 1, 2), groups=2), FIRST, ["fft", "fft"]),
-        ("space_to_depth", conv((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2), ["xla", "xla"]),
-        ("merged", conv((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2), ["xla", "xla"]),
+        ("winograd2", signature((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2), ["winograd2", "xla"]),
+        ("winograd4", signature((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2), ["winograd4", "xla"]),
+        ("fft", signature((2, 24, 25, 2), (12, 11, 2, 3)), FIRST, ["fft", "fft"]),
+        ("fft", signature((2, 24, 25, 2), (12, 11, 1, 2), groups=2), FIRST, ["fft", "fft"]),
+        (
+            "space_to_depth",
+            signature((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME),
+            last(2),
+            ["xla", "xla"],
+        ),
+        ("merged", signature((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2), ["xla", "xla"]),
     ],
 )
 def test_transformed(name, c, dims, derived):
@@ -381,11 +386,11 @@ def test_transformed(name, c, dims, derived):
 
 
 TUNED = [
-    ("winograd2", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
-    ("winograd4", conv((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
-    ("fft", conv((2, 24, 25, 2), (12, 11, 2, 3)), FIRST),
-    ("space_to_depth", conv((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2)),
-    ("merged", conv((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2)),
+    ("winograd2", signature((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
+    ("winograd4", signature((2, 9, 8, 8), (3, 3, 8, 9), padding=SAME), last(2)),
+    ("fft", signature((2, 24, 25, 2), (12, 11, 2, 3)), FIRST),
+    ("space_to_depth", signature((2, 16, 15, 3), (7, 7, 3, 4), strides=(2, 2), padding=SAME), last(2)),
+    ("merged", signature((2, 9, 8, 32), (3, 3, 8, 32), groups=4, padding=SAME), last(2)),
 ]
 
 
@@ -405,8 +410,8 @@ def test_exported_with_a_symbolic_batch(name, c, dims):
 def test_tuned_and_frozen(monkeypatch, name, c):
     """Chosen under relaxed numerics, past the checks of its numbers, and prepared once; written channels first, where
     the original has temporary memory, of which the limit is a multiple."""
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {name: RELAXED[name]})
-    monkeypatch.setattr("jaxlayout.measure.jobs._race", tempting)
+    offer(monkeypatch, name)
+    tempt(monkeypatch)
     lhs, rhs = operands(c, draw=lambda rng, shape: rng.standard_normal(shape))
     home = last(c.rank)
     lhs, rhs = lhs.transpose(FIRST.lhs.permutation_from(home.lhs)), rhs.transpose(FIRST.rhs.permutation_from(home.rhs))

@@ -16,7 +16,8 @@ import distributed
 import jax
 import numpy as np
 import pytest
-from jax import lax
+from helpers import conv
+from toys import offer
 
 import jaxlayout
 from bench.remote import convolution
@@ -24,10 +25,6 @@ from jaxlayout import CostTable, auto_layout
 from jaxlayout.measure.environment import current_environment
 from jaxlayout.measure.jobs import Job, transpose_job
 from jaxlayout.measure.remote import Reply, Request, measure_elsewhere
-
-
-def conv(x: Any, k: Any) -> Any:
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
 def jobs(*features: int) -> list[Job]:
@@ -137,7 +134,14 @@ def arguments() -> tuple[Any, Any]:
     return x, kernels
 
 
-def test_a_process_pool_measures_for_tune(monkeypatch):
+@pytest.fixture
+def few(monkeypatch):
+    """Little is measured, and no two programs are timed: what is done where does not depend on it."""
+    offer(monkeypatch, "xla")
+    monkeypatch.setenv("JAXLAYOUT_VERDICT", "0")
+
+
+def test_a_process_pool_measures_for_tune(few, monkeypatch):
     x, kernels = arguments()
     tuned = auto_layout(network)
     context = multiprocessing.get_context("spawn")  # JAX has threads: a fork of them may hang
@@ -156,14 +160,14 @@ def only_nothing(jobs: Any, **_: Any) -> Any:
     yield from ()
 
 
-def test_what_no_worker_measures_is_measured_here():
+def test_what_no_worker_measures_is_measured_here(few):
     x, kernels = arguments()
     broken = Here({n: dies for n in range(1, 100)})
     outcome = jaxlayout.tune(auto_layout(network), x, kernels, executor=broken)
     assert outcome.source == "measured" and broken.given
 
 
-def test_tune_takes_a_plain_function_and_keywords():
+def test_tune_takes_a_plain_function_and_keywords(few):
     x, kernels = arguments()
     outcome = jaxlayout.tune(network, x, kernels=kernels)
     assert outcome.source == "measured"

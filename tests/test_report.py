@@ -12,24 +12,25 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from conftest import measurement
+from helpers import normal
 from jax import lax
+from made_up import measurement
 from rich.console import Console
 
 from jaxlayout import Explanation, auto_layout
 from jaxlayout.report import Step
 from jaxlayout.report.plots import lanes
-from jaxlayout.tuning import pipeline as stages
+from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 
-X = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 8, 8)), jnp.float32)
-K = jnp.asarray(np.random.default_rng(1).standard_normal((4, 4, 3, 3)), jnp.float32)
+X = normal(0, 2, 4, 8, 8)
+K = normal(1, 4, 4, 3, 3)
 D = K[:, :1]
 
 
 def conv(x, k):
+    """As in `helpers`, but written here: reports name its line."""
     return lax.conv_general_dilated(x, k, (1, 1), "SAME")
 
 
@@ -60,7 +61,7 @@ def line_of(function, words):
 def judged(monkeypatch, **seen):
     """Every plan gets this verdict."""
     verdict = Verdict(**({"kept": True, "reason": "forced"} | seen))
-    monkeypatch.setattr(stages.Pipeline, "judge", lambda line, plan: verdict)
+    monkeypatch.setattr(pipeline.Pipeline, "judge", lambda pipeline, plan: verdict)
 
 
 def shown(told, width):
@@ -100,7 +101,7 @@ def test_candidates_that_failed_are_told(forced, monkeypatch):
                 )
             yield job, found
 
-    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     (site,) = told.sites
     assert [one.measurement.status for one in site.tried][-3:] == ["wrong", "failed", "pruned"]
@@ -181,7 +182,7 @@ def test_nothing_is_faster_than_what_was_written(costs, monkeypatch):
         for job in jobs:
             yield job, {name: measurement(1e6 + 1e6 * i) for i, name in enumerate(job.alternatives)}
 
-    monkeypatch.setattr(stages, "measure", measure)
+    monkeypatch.setattr(pipeline, "measure", measure)
     told = auto_layout(conv).explain(X, K)
     assert told.nothing_gained.startswith("Nothing could be gained: the forms and orders as written are the fastest")
     (site,) = told.sites

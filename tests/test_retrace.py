@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import random
-import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builder import Program
 from drawing import examples
+from helpers import FIRST, conv
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
@@ -22,11 +22,23 @@ from jax.experimental import io_callback
 from jax.extend import source_info_util
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from programs import Program, compiled, programs, random_layouts, random_plan
+from plans import random_layouts, random_plan
+from programs import assert_same, compiled, inexact, programs, real_part
+from rewriting import (
+    MIXED,
+    names,
+    offering,
+    plan_in,
+    retraced,
+    single,
+    text,
+    trace,
+    transposes,
+    whole_numbers,
+)
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p
-from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import count_transposes, equations
@@ -40,78 +52,11 @@ from jaxlayout.rewrite.retrace import retrace
 SEEDS = st.integers(0, 1000)
 
 
-def text(jaxpr: Any) -> str:
-    """A jaxpr as text, without what differs from one trace to the next."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(jaxpr))
-
-
-def trace(fun: Callable[..., Any], *args: Any) -> Any:
-    return jax.make_jaxpr(fun)(*args)
-
-
-def retraced(jaxpr: Any, plan: Plan) -> Any:
-    return jax.make_jaxpr(retrace(jaxpr, plan))(*jaxpr.in_avals)
-
-
-def single(jaxpr: Any, plan: Plan) -> Callable[..., Any]:
-    """The retraced function of a program with one result."""
-    return lambda *args: retrace(jaxpr, plan)(*args)[0]
-
-
-def transposes(jaxpr: Any) -> list[tuple[int, ...]]:
-    """The shapes of what transposes move, in the order in which they stand."""
-    return [eqn.invars[0].aval.shape for eqn in equations(jaxpr) if eqn.primitive.name == "transpose"]
-
-
-def names(jaxpr: Any) -> list[str]:
-    return [eqn.primitive.name for eqn in equations(jaxpr)]
-
-
-def conv(x: Any, k: Any, dims: str, strides: int = 1, padding: Any = "SAME") -> Any:
-    numbers = ConvDimensionNumbers.parse(dims).to_lax()
-    return lax.conv_general_dilated(x, k, (strides,) * (x.ndim - 2), padding, dimension_numbers=numbers)
-
-
 def max_pool(x: Any, window: Sequence[int]) -> Any:
     return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
 
 
-def whole_numbers(*shapes: tuple[int, ...]) -> list[np.ndarray]:
-    """Small ones, with which sums are exact in any order."""
-    rng = np.random.default_rng(0)
-    return [np.asarray(rng.integers(-2, 3, shape), np.float32) for shape in shapes]
-
-
 # Plans made to order
-
-FIRST, LAST = "NCHW,OIHW->NCHW", "NHWC,OIHW->NHWC"
-
-
-def offering(*dims: str) -> Callable[[ConvSignature, Candidate], list[Candidate]]:
-    """An enumerator: what is written, and these where the rank is theirs."""
-    ways = [ConvDimensionNumbers.parse(each) for each in dims]
-
-    def enumerate_candidates(conv: ConvSignature, written: Candidate) -> list[Candidate]:
-        fitting = [Candidate("xla", way) for way in ways if len(way.lhs.axes) == conv.rank + 2]
-        return list(dict.fromkeys([written, *fitting]))
-
-    return enumerate_candidates
-
-
-def size_ns(shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
-    return 10.0 * math.prod(shape)
-
-
-def forced(jaxpr: Any, *dims: str) -> Plan:
-    """The plan in which every convolution has one of these dimension numbers, with fewest elements moved."""
-    wanted = {ConvDimensionNumbers.parse(each) for each in dims}
-
-    def site_ns(node: Node, mode: Mode) -> float:
-        return 0.0 if mode.candidate is None or mode.candidate.dims in wanted else 1e9
-
-    plan = solve(build_graph(jaxpr, offering(*dims)), site_ns, size_ns)
-    assert plan.exact and plan.predicted_ns < 1e9
-    return plan
 
 
 # Drawn programs under random plans
@@ -120,22 +65,6 @@ def forced(jaxpr: Any, *dims: str) -> Plan:
 def planned(program: Program, seed: int) -> tuple[Any, Plan]:
     jaxpr = program.jaxpr()
     return jaxpr, random_plan(build_graph(jaxpr, random_layouts(seed)), seed)
-
-
-def assert_same(program: Program, found: Sequence[Any], wanted: Sequence[Any], *, exactly: bool | None = None) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        if a.dtype == jax.dtypes.float0:
-            continue
-        exact = program.exact if exactly is None else exactly
-        if exact or not jnp.issubdtype(a.dtype, jnp.inexact):
-            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-        else:
-            wide = np.complex128 if jnp.issubdtype(a.dtype, jnp.complexfloating) else np.float64
-            a, b = np.asarray(a, wide), np.asarray(b, wide)
-            finite = np.isfinite(b)
-            scale = max(1.0, np.abs(b[finite]).max(initial=0.0))
-            np.testing.assert_allclose(a, b, rtol=0, atol=20 * program.eps * scale)
 
 
 @examples(300)
@@ -172,21 +101,6 @@ def whole(program: Program, avals: Sequence[Any], seed: int) -> list[np.ndarray]
     """Small whole numbers."""
     rng = np.random.default_rng(seed)
     return [np.asarray(rng.integers(-2, 3, a.shape), a.dtype) for a in avals]
-
-
-def inexact(values: Sequence[Any]) -> list[int]:
-    return [i for i, v in enumerate(values) if jnp.issubdtype(v.dtype, jnp.inexact)]
-
-
-def real_part(fun: Callable[..., Any], args: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """The function of its inexact arguments alone, giving its inexact results."""
-    which = inexact(args)
-
-    def part(*given: Any) -> tuple[Any, ...]:
-        outs = fun(*(dict(zip(which, given, strict=True)).get(i, arg) for i, arg in enumerate(args)))
-        return tuple(outs[i] for i in inexact(outs))
-
-    return part, [args[i] for i in which]
 
 
 def by_vjp(fun: Callable[..., Any], program: Program, args: Sequence[Any], seed: int) -> Any:
@@ -253,7 +167,7 @@ def net(x: Any, k1: Any, b: Any, k2: Any) -> Any:
 
 def test_a_chain_has_two_transposes_at_its_ends():
     jaxpr = trace(net, *NET_ARGS)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     new = retraced(jaxpr, plan)
     assert transposes(new) == [(2, 3, 8, 8), (2, 4, 4, 5)]
     assert [c.shape for c in plan.conversions] == [(2, 3, 8, 8), (2, 5, 4, 4)]
@@ -264,7 +178,7 @@ def test_a_chain_has_two_transposes_at_its_ends():
 
 def test_a_trivial_plan_changes_nothing():
     jaxpr = trace(net, *NET_ARGS)
-    plan = forced(jaxpr, FIRST)
+    plan = plan_in(jaxpr, FIRST)
     assert plan.trivial and not plan.conversions
     assert text(retraced(jaxpr, plan)) == text(retraced(jaxpr, Plan())) == text(jaxpr)
 
@@ -285,7 +199,7 @@ def test_one_image_at_a_time_under_vmap():
 
     for fun in (jax.vmap(one), jax.jit(jax.vmap(jax.jit(one)))):
         jaxpr = trace(fun, images)
-        plan = forced(jaxpr, LAST)
+        plan = plan_in(jaxpr, MIXED)
         assert len(transposes(retraced(jaxpr, plan))) == len(plan.conversions) == 2
         np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(images), fun(images))
 
@@ -293,7 +207,7 @@ def test_one_image_at_a_time_under_vmap():
 def test_the_users_own_transposes_are_absorbed():
     def channels_last_block(x: Any, k: Any) -> Any:
         y = jnp.transpose(x, (0, 2, 3, 1))
-        y = jax.nn.relu(conv(y, k, LAST))
+        y = jax.nn.relu(conv(y, k, MIXED))
         return jnp.transpose(y, (0, 3, 1, 2))
 
     def twice(x: Any, k: Any) -> Any:
@@ -302,9 +216,9 @@ def test_the_users_own_transposes_are_absorbed():
     args = whole_numbers((2, 4, 6, 6), (4, 4, 3, 3))
     jaxpr = trace(twice, *args)
     assert len(transposes(jaxpr)) == 4
-    first = forced(jaxpr, FIRST)
+    first = plan_in(jaxpr, FIRST)
     assert not transposes(retraced(jaxpr, first)) and not first.conversions
-    last = forced(jaxpr, LAST)
+    last = plan_in(jaxpr, MIXED)
     assert len(transposes(retraced(jaxpr, last))) == len(last.conversions) == 2
     for plan in (first, last):
         np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(*args), twice(*args))
@@ -315,7 +229,7 @@ def test_a_conversion_that_two_want_is_made_once():
         return conv(x, k1, FIRST), conv(x, k2, FIRST)
 
     jaxpr = trace(fork, *whole_numbers((2, 3, 6, 6), (4, 3, 3, 3), (5, 3, 1, 1)))
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     new = retraced(jaxpr, plan)
     assert transposes(new) == [(2, 3, 6, 6), (2, 6, 6, 4), (2, 6, 6, 5)]
     assert len(plan.conversions) == 3
@@ -330,7 +244,7 @@ def test_a_value_given_twice_to_one_equation():
 
     args = whole_numbers((2, 3, 4, 4), (4, 3, 3, 3))
     jaxpr = trace(square, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert transposes(retraced(jaxpr, plan)) == [(2, 3, 4, 4)]
     np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(*args), square(*args))
 
@@ -341,9 +255,9 @@ def test_an_order_does_not_pass_a_barrier():
 
     args = whole_numbers((2, 3, 6, 6), (4, 3, 3, 3), (5, 4, 3, 3))
     jaxpr = trace(sorted_between, *args)
-    graph = build_graph(jaxpr, offering(LAST))
+    graph = build_graph(jaxpr, offering(MIXED))
     assert [node.name for node in graph.barriers] == ["sort"]
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert names(retraced(jaxpr, plan)) == [
         "transpose", "tuned_conv", "transpose", "sort", "transpose", "tuned_conv", "transpose",
     ]  # fmt: skip
@@ -355,7 +269,7 @@ def test_barriers_of_scalars_and_vectors_are_not_listed():
         return conv(x, k, FIRST) * jax.random.normal(jax.random.key(0), (3,))[0]
 
     jaxpr = trace(keyed, *whole_numbers((2, 3, 6, 6), (4, 3, 3, 3)))
-    assert not build_graph(jaxpr, offering(LAST)).barriers
+    assert not build_graph(jaxpr, offering(MIXED)).barriers
 
 
 def test_repeated_blocks_stay_one_function():
@@ -370,7 +284,7 @@ def test_repeated_blocks_stay_one_function():
 
     args = whole_numbers((2, 3, 6, 6), *[(3, 3, 3, 3)] * 6)
     jaxpr = trace(net, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     new = retraced(jaxpr, plan)
     assert len(transposes(new)) == 2
     blocks = [eqn.params["jaxpr"] for eqn in new.eqns if eqn.primitive.name == "jit"]
@@ -394,7 +308,7 @@ def test_reshapes_that_keep_axes_whole(order):
 
     args = whole_numbers((2, 3, 6, 6), (6, 3, 3, 3))
     jaxpr = trace(fun, *args)
-    plan = forced(jaxpr, f"{order},OIHW->{order}")
+    plan = plan_in(jaxpr, f"{order},OIHW->{order}")
     new = retraced(jaxpr, plan)
     assert len(transposes(new)) == len(plan.conversions) <= 4
     for found, wanted in zip(jax.jit(retrace(jaxpr, plan))(*args), fun(*args), strict=True):
@@ -407,7 +321,7 @@ def test_orders_of_unit_axes_are_free():
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 1, 1))
     jaxpr = trace(pooled, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert not plan.trivial and not plan.conversions and not transposes(retraced(jaxpr, plan))
     np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(*args), pooled(*args))
 
@@ -418,7 +332,7 @@ def test_a_matrix_product_costs_its_weights_no_transpose():
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3), (5, 7))
     jaxpr = trace(head, *args)
-    plan = forced(jaxpr, "WHNC,OIHW->WHNC")
+    plan = plan_in(jaxpr, "WHNC,OIHW->WHNC")
     assert transposes(retraced(jaxpr, plan)) == [(2, 3, 4, 4)]
     assert (5, 7) not in [c.shape for c in plan.conversions]
 
@@ -429,7 +343,7 @@ def test_zero_sizes():
 
     args = whole_numbers((0, 3, 4, 4), (5, 3, 3, 3))
     jaxpr = trace(fun, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert not plan.trivial
     assert jax.jit(single(jaxpr, plan))(*args).shape == (0,)
 
@@ -443,7 +357,7 @@ def test_integers_booleans_and_keys_beside():
     x, k = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
     args = x, k, jax.random.split(jax.random.key(0), 3), x[:, :1] > 0
     jaxpr = trace(fun, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert not plan.trivial
     for found, wanted in zip(jax.jit(retrace(jaxpr, plan))(*args), fun(*args), strict=True):
         if jnp.issubdtype(wanted.dtype, jax.dtypes.prng_key):
@@ -461,7 +375,7 @@ def test_tied_maxima_pass_their_gradient_to_the_same_element():
     cotangent = np.random.default_rng(0).standard_normal((1, 3, 3, 3), np.float32)
     jaxpr = trace(fun, x, k)
     for order, pooled_so in (("CHWN", True), ("CWHN", False)):
-        plan = forced(jaxpr, f"{order},HWIO->{order}")
+        plan = plan_in(jaxpr, f"{order},HWIO->{order}")
         pools = [eqn for eqn in equations(retraced(jaxpr, plan)) if eqn.primitive.name == "reduce_window_max"]
         assert (pools[0].invars[0].aval.shape == (3, 6, 6, 1)) == pooled_so
         found, wanted = (
@@ -504,7 +418,7 @@ def retraced_twice(jaxpr: Any, ways: Any, site_ns: Any, conversion_ns: Any) -> t
 @pytest.mark.parametrize("seed", range(8))
 def test_twice_is_once_for_a_chain(seed):
     jaxpr = trace(net, *NET_ARGS)
-    ways = offering(FIRST, LAST, "HWNC,HWIO->HWNC", "NHWC,HWIO->NCHW")
+    ways = offering(FIRST, MIXED, "HWNC,HWIO->HWNC", "NHWC,HWIO->NCHW")
     _, new, again = retraced_twice(jaxpr, ways, random_site_ns(seed), random_conversion_ns(seed))
     assert again.trivial
     assert text(retraced(new, again)) == text(new)
@@ -537,7 +451,7 @@ def test_a_straight_through_estimator_survives():
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
     jaxpr = trace(loss, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     new = retraced(jaxpr, plan)
     assert transposes(new) == [(2, 3, 4, 4)] and "custom_vjp_call" in names(new)
     wanted = jax.jit(jax.grad(loss, (0, 1)))(*args)
@@ -554,7 +468,7 @@ def test_the_gradient_of_relu_at_zero():
 
     x, k = np.zeros((1, 2, 3, 3), np.float32), whole_numbers((4, 2, 3, 3))[0]
     jaxpr = trace(fun, x, k)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     for f in (fun, single(jaxpr, plan)):
         assert not jax.jit(jax.grad(lambda x, f=f: f(x, k).sum()))(x).any()
         assert not jax.jit(jax.jvp, static_argnums=0)(lambda x, f=f: f(x, k), (x,), (x + 1,))[1].any()
@@ -577,7 +491,7 @@ def test_a_custom_jvp_has_its_own_tangents_in_any_order():
     tangents = whole_numbers((2, 3, 4, 5), (6, 3, 3, 3), (6, 1, 1))
     jaxpr = trace(program, *args)
     for order in ("NHWC", "CWHN", "WNCH"):
-        plan = forced(jaxpr, f"{order},OIHW->{order}")
+        plan = plan_in(jaxpr, f"{order},OIHW->{order}")
         found = jax.jit(lambda a, t, plan=plan: jax.jvp(retrace(jaxpr, plan), a, t))(tuple(args), tuple(tangents))
         wanted = jax.jit(lambda a, t: jax.jvp(program, a, t))(tuple(args), tuple(tangents))
         for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
@@ -596,8 +510,8 @@ def test_symbolic_zeros_are_a_barrier():
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
     jaxpr = trace(program, *args)
-    assert [node.name for node in build_graph(jaxpr, offering(LAST)).barriers] == ["custom_vjp_call"]
-    plan = forced(jaxpr, LAST)
+    assert [node.name for node in build_graph(jaxpr, offering(MIXED)).barriers] == ["custom_vjp_call"]
+    plan = plan_in(jaxpr, MIXED)
     found, wanted = (jax.jit(jax.grad(lambda x, k, f=f: f(x, k).sum()))(*args) for f in (single(jaxpr, plan), program))
     np.testing.assert_array_equal(found, wanted)
 
@@ -627,7 +541,7 @@ def test_effects_come_as_often_and_in_the_same_order():
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
     jaxpr = trace(program, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     assert not plan.trivial
     seen_by = []
     for fun in (program, single(jaxpr, plan)):
@@ -648,7 +562,7 @@ def test_debug_prints(capsys):
 
     args = whole_numbers((2, 3, 4, 4), (5, 3, 3, 3))
     jaxpr = trace(program, *args)
-    plan = forced(jaxpr, LAST)
+    plan = plan_in(jaxpr, MIXED)
     printed = []
     for fun in (program, single(jaxpr, plan)):
         jax.block_until_ready(jax.jit(fun)(*args))
@@ -672,7 +586,7 @@ def test_scopes_and_lines_survive():
 
     args = whole_numbers((2, 3, 4, 4), (3, 3, 3, 3))
     jaxpr = trace(program, *args)
-    new = retraced(jaxpr, forced(jaxpr, LAST))
+    new = retraced(jaxpr, plan_in(jaxpr, MIXED))
 
     def places(jaxpr: Any) -> list[tuple[str, str]]:
         return [
@@ -683,8 +597,8 @@ def test_scopes_and_lines_survive():
 
     assert places(new) == places(jaxpr)
     line, scope = places(new)[0]
-    assert "test_retrace.py" in line and scope == "stem"
-    lowered = jax.jit(retrace(jaxpr, forced(jaxpr, LAST))).lower(*args)
+    assert "helpers.py" in line and scope == "stem"
+    lowered = jax.jit(retrace(jaxpr, plan_in(jaxpr, MIXED))).lower(*args)
     located = lowered.as_text(debug_info=True)
     assert all(
         scope in located for scope in ("/stem/conv_general_dilated", "/body/deep/", "inside/conv_general_dilated")
@@ -705,12 +619,12 @@ def test_an_order_passes_a_primitive_that_has_been_given_a_rule():
 
     args = whole_numbers((2, 3, 4, 4), (3, 3, 3, 3))
     jaxpr = trace(program, *args)
-    assert [node.name for node in build_graph(jaxpr, offering(LAST)).barriers] == ["double"]
-    without = forced(jaxpr, LAST)
+    assert [node.name for node in build_graph(jaxpr, offering(MIXED)).barriers] == ["double"]
+    without = plan_in(jaxpr, MIXED)
     assert count_transposes(retraced(jaxpr, without)) == len(without.conversions) == 4
     with registered_rule(double_p, Rule(same_axes)):
-        assert not build_graph(jaxpr, offering(LAST)).barriers
-        plan = forced(jaxpr, LAST)
+        assert not build_graph(jaxpr, offering(MIXED)).barriers
+        plan = plan_in(jaxpr, MIXED)
         assert count_transposes(retraced(jaxpr, plan)) == len(plan.conversions) == 2
         np.testing.assert_array_equal(jax.jit(single(jaxpr, plan))(*args), jax.jit(program)(*args))
         with pytest.raises(ValueError, match="double has a rule already"), registered_rule(double_p, Rule(same_axes)):
@@ -723,14 +637,14 @@ def test_a_plan_that_does_not_fit_is_refused():
     """With the equation and the user's line."""
 
     def program(x: Any, k: Any) -> Any:
-        y = conv(x, k, LAST)
+        y = conv(x, k, MIXED)
         y = lax.sort(y + 1, dimension=3)
         return y.sum((1, 2))
 
     jaxpr = trace(program, *whole_numbers((2, 4, 4, 4), (4, 4, 3, 3)))
     last = (0, 3, 1, 2)
     operands = ((0, 1, 2, 3), (0, 1, 2, 3))
-    candidate = Candidate("xla", ConvDimensionNumbers.parse(LAST))
+    candidate = Candidate("xla", ConvDimensionNumbers.parse(MIXED))
     wrong = {
         "conv_general_dilated.* has other operands": ((0,), Mode(operands[:1], operands[:1])),
         "add.* has other operands": ((1,), Mode((last, (0,)), (last,))),
@@ -753,7 +667,7 @@ def test_a_plan_that_does_not_fit_is_refused():
     for path in ((17,), (1, 0)):
         with pytest.raises(ValueError, match="the program has no equation"):
             check_plan(jaxpr, Plan(choices={path: Mode((last,), (last,))}))
-    check_plan(jaxpr, forced(jaxpr, FIRST))
+    check_plan(jaxpr, plan_in(jaxpr, FIRST))
 
 
 # Fusion

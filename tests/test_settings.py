@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import measurement
+from helpers import close, normal, shape
 from jax import lax
+from made_up import made_up
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.lowering import _parts, evaluate, lowerings
@@ -227,10 +228,6 @@ def changed(values: dict[str, Any], everywhere: bool = False) -> Iterator[None]:
 # What we trace ourselves
 
 
-def shape(*sizes: int, dtype: Any = "float32") -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
-
 def convolved(lhs: Any, rhs: Any, **more: Any) -> tuple[Any, Any, ConvSignature]:
     """Operands of a convolution, channels last, and its signature."""
     numbers = {2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}[lhs.ndim - 2]
@@ -316,7 +313,7 @@ def test_traced_with_wide_numbers_and_lowered_without(ours, tuned, recwarn):
         k, x = (jnp.asarray(np.asarray(a, np.float64)) for a in (K, X))
         expected, traced = jax.jit(jax.grad(f))(k, x), jax.jit(tuned(f)).trace(k, x)
     found = traced.lower().compile()(k, x)
-    same(expected, found)
+    close(expected, found)
     assert [w for w in recwarn if "float64" in str(w.message)] == []
 
 
@@ -327,17 +324,8 @@ def test_traced_with_wide_numbers_and_lowered_without(ours, tuned, recwarn):
 def ours(costs, monkeypatch):
     """As `costs`, but lowerings of our own win."""
 
-    def measure(jobs, **_):
-        for job in jobs:
-            written, *others = job.alternatives
-            ns = {name: (1e6 if name.startswith("xla@") else 1e3) + i for i, name in enumerate(others)}
-            yield job, {name: measurement(ns.get(name, 1e9 if others else 1.0)) for name in (written, *others)}
-
-    monkeypatch.setattr(pipeline, "measure", measure)
-
-
-def normal(seed: int, *sizes: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(sizes, np.float32))
+    ns = lambda name, i: (1e6 if name.startswith("xla@") else 1e3) + i  # noqa: E731
+    monkeypatch.setattr(pipeline, "measure", made_up(ns))
 
 
 K, X = normal(0, 3, 1, 2), normal(1, 2, 5, 2)
@@ -363,11 +351,6 @@ def fresh(f: Any, *args: Any) -> Any:
         return jax.tree.map(np.asarray, out)
 
 
-def same(a: Any, b: Any) -> None:
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), a, b)
-    assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
-
-
 SETS = {"strict": STRICT, "checked": CHECKED, "noted": NOTED, "others": RANDOM | TRACED | INERT}
 
 
@@ -378,13 +361,13 @@ def test_under_settings_it_does_what_jit_does(ours, capfd, values):
     before = fresh(frozen, X)
     with changed(values):
         expected = fresh(jax.jit(step), K, X)
-        same(expected, fresh(planned, K, X))
-        same(expected, fresh(jax.jit(jax.value_and_grad(auto_layout(loss))), K, X))
-        same(expected[0], fresh(frozen, X))
+        close(expected, fresh(planned, K, X))
+        close(expected, fresh(jax.jit(jax.value_and_grad(auto_layout(loss))), K, X))
+        close(expected[0], fresh(frozen, X))
         with jax.transfer_guard("allow"):
             outcome = planned.outcome(K, X, jax.random.key(0))
         gc.collect()
-    same(before, fresh(frozen, X))
+    close(before, fresh(frozen, X))
     assert outcome.kept and {mode.candidate.lowering for mode in outcome.plan.choices.values()} == {"shifted", "rows"}
     assert "garbage" not in capfd.readouterr().err  # an array in a cycle, which is said where arrays are guarded
 
@@ -392,14 +375,14 @@ def test_under_settings_it_does_what_jit_does(ours, capfd, values):
 def test_where_jax_is_stopped(ours):
     tuned, jitted, one = auto_layout(conv), jax.jit(conv), X[:1]
     expected, found = jitted(X, K), tuned(X, K)
-    same(expected, found)
+    close(expected, found)
     with jax.no_tracing(True):
-        same(expected, tuned(X, K))
+        close(expected, tuned(X, K))
         with pytest.raises(RuntimeError, match="re-tracing function conv"):
             tuned(one, K)
     unspecified_sharding.cache_clear()
     with jax.disable_jit(True):
-        same(expected, tuned.freeze(X)(K))
+        close(expected, tuned.freeze(X)(K))
     with jax.no_execution(True):
         for f in jitted, tuned, auto_layout(conv):
             with pytest.raises(RuntimeError, match="no_execution"):
@@ -416,12 +399,12 @@ def test_where_jax_computes_constants_at_once(ours):
     tuned = auto_layout(conv)
     with jax.ensure_compile_time_eval():
         assert convolutions(tuned) == {"conv_general_dilated"}
-        same(conv(X, K), tuned(X, K))
-        same(conv(X, K), auto_layout(conv).freeze(X)(K))
+        close(conv(X, K), tuned(X, K))
+        close(conv(X, K), auto_layout(conv).freeze(X)(K))
     assert convolutions(tuned) == {"tuned_conv"}
     keys = ("jax_compilation_cache_include_metadata_in_key", "jax_remove_custom_partitioning_ptr_from_cache_key")
     with changed({"eager_constant_folding": True} | {name: INERT[name] for name in keys}):
-        same(conv(X, K), auto_layout(conv)(X, K))
+        close(conv(X, K), auto_layout(conv)(X, K))
 
 
 # In the key
@@ -514,7 +497,7 @@ def test_frozen_goes_by_all_that_jit_goes_by(forced):
     frozen = auto_layout(f).freeze(K)
     for value in (1, 2, 1, 2):
         with context(value):
-            same(conv(X, K) * value, frozen(X))
+            close(conv(X, K) * value, frozen(X))
     assert traced == [1, 2]
     jax.clear_caches()
     gc.collect()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import conv, python
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -22,13 +20,8 @@ from jaxlayout.graph.program import program_key
 from jaxlayout.graph.shards import of_arguments
 from jaxlayout.layout import ConvDimensionNumbers
 
-ROOT = Path(__file__).parent.parent
 MESH = AbstractMesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 X, K = jnp.zeros((8, 16, 6, 6)), jnp.zeros((32, 16, 3, 3))
-
-
-def conv(x, k):
-    return lax.conv_general_dilated(x, k, (1,) * (x.ndim - 2), "SAME")
 
 
 def traced(fun, *args, specs):
@@ -247,9 +240,5 @@ def test_keys():
 def test_on_devices():
     """In a process that has four devices (see the script)."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.on_devices"],
-        cwd=ROOT, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True, check=False, timeout=420,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = python("-m", "tests.on_devices", XLA_FLAGS=flags, timeout=420)
     assert "tuning failed" not in done.stderr, done.stderr

@@ -15,7 +15,8 @@ from drawing import examples
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
-from programs import programs, random_layouts
+from plans import random_layouts
+from programs import programs
 from scipy import sparse
 from scipy.optimize import Bounds, milp
 

@@ -8,9 +8,6 @@ table of system calls is given ones that refuse. One full disk is a real one.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import json
 import os
 import random
@@ -21,7 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -31,17 +28,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from disks import full_disk, read_only, without_locks
+from helpers import ROOT, K, X, conv, normal
 from jax import lax
+from tables import as_another_process, close_tables
+from toys import Toy, offer
 
-from jaxlayout import CostTable, Lowering, Outcome, Plan, TableWarning, auto_layout
-from jaxlayout.convs.lowering import lowerings, registered
-from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
+from jaxlayout import CostTable, Outcome, Plan, TableWarning, auto_layout
+from jaxlayout.convs.lowering import registered
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import checksum
 from jaxlayout.table.table import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline, stores
-
-ROOT = Path(__file__).parents[1]
 
 
 def table_path() -> Path:
@@ -64,13 +62,13 @@ from jaxlayout.verify import accept
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify import race
 from jaxlayout.convs import candidates, lowering
-from jaxlayout.measure import jobs as measure
+from jaxlayout.measure import jobs
 from jaxlayout.measure.peaks import Peaks
 
 folder, name, role = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 found = lowering.lowerings()
 candidates.lowerings = lambda: {"xla": found["xla"], "tap_dots": found["tap_dots"]}  # enough, and quick
-measure.CANDIDATE_SECONDS = 0.01
+jobs.CANDIDATE_SECONDS = 0.01
 race.MAX_PAIRS = 7
 pipeline.OPTION_SETS = {}
 Peaks.look = lambda peaks: None
@@ -94,7 +92,7 @@ def timed(race):
     return wrapped
 
 
-measure._race, accept.race = timed(measure._race), timed(accept.race)
+jobs._race, accept.race = timed(jobs._race), timed(accept.race)
 record, store = CostTable.record_many, CostTable.store_plan
 
 
@@ -233,106 +231,12 @@ def test_eight_processes_tune_at_once_and_some_are_killed(tmp_path):
 # What may happen to the file, as the user's call sees it
 
 
-def conv(x: Any, k: Any) -> Any:
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
-
-
 def network(x: Any, k: Any) -> Any:
     return jnp.tanh(conv(x, k)).mean((2, 3))
 
 
 def other(x: Any, k: Any) -> Any:
     return network(x[:1], k) + 1
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
-
-
-X, K = normal(0, 2, 3, 6, 5), normal(1, 4, 3, 3, 3)
-
-
-class _Vfs(ctypes.Structure):
-    """SQLite's `sqlite3_vfs`, as far as it is needed."""
-
-    _fields_ = (
-        ("iVersion", ctypes.c_int),
-        ("szOsFile", ctypes.c_int),
-        ("mxPathname", ctypes.c_int),
-        ("pNext", ctypes.c_void_p),
-        ("zName", ctypes.c_char_p),
-        ("pAppData", ctypes.c_void_p),
-        ("functions", ctypes.c_void_p * 13),
-        ("xSetSystemCall", ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)),
-    )
-
-
-@contextlib.contextmanager
-def system_calls(**calls: Callable[..., int]) -> Iterator[None]:
-    """SQLite makes these system calls instead of the system's; OSError in one is what it is told."""
-    import _sqlite3
-
-    library = ctypes.CDLL(_sqlite3.__file__)
-    find = ctypes.CFUNCTYPE(ctypes.POINTER(_Vfs), ctypes.c_char_p)(("sqlite3_vfs_find", library))
-    vfs = find(None)
-    integer, pointer = ctypes.c_long, ctypes.c_void_p
-
-    def made(call: Callable[..., int]) -> Any:
-        def told(*args: Any) -> int:
-            try:
-                return call(*args)
-            except OSError as error:
-                ctypes.set_errno(error.errno or 0)
-                return -1
-
-        kinds = (pointer, integer, integer) if call is no_writing else (integer, pointer, integer, integer)
-        return ctypes.CFUNCTYPE(ctypes.c_int, *kinds, use_errno=True)(told)
-
-    held = {name: made(call) for name, call in calls.items()}
-    try:
-        for name, function in held.items():
-            done = vfs.contents.xSetSystemCall(vfs, name.encode(), ctypes.cast(function, ctypes.c_void_p))
-            assert done == sqlite3.SQLITE_OK
-        yield
-    finally:
-        vfs.contents.xSetSystemCall(vfs, None, None)  # all as they were
-
-
-def no_room(*_: Any) -> int:
-    raise OSError(errno.ENOSPC, "no space left")
-
-
-def no_locks(*_: Any) -> int:
-    raise OSError(errno.ENOLCK, "no locks available")
-
-
-def no_writing(path: int, flags: int, mode: int) -> int:
-    if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-        raise OSError(errno.EROFS, "read-only file system")
-    return os.open(ctypes.string_at(path), flags, mode)
-
-
-@contextlib.contextmanager
-def full_disk(path: Path) -> Iterator[None]:
-    with system_calls(pwrite=no_room, pwrite64=no_room, write=no_room, fallocate=no_room):
-        yield
-
-
-@contextlib.contextmanager
-def read_only(path: Path) -> Iterator[None]:
-    with system_calls(open=no_writing):
-        yield
-
-
-@contextlib.contextmanager
-def without_locks(path: Path) -> Iterator[None]:
-    def lockf(*_: Any) -> None:
-        no_locks()
-
-    with pytest.MonkeyPatch.context() as patch, system_calls(fcntl=no_locks):
-        patch.setattr(fcntl, "lockf", lockf)
-        patch.setattr(fcntl, "flock", lockf)
-        yield
 
 
 @contextlib.contextmanager
@@ -404,9 +308,8 @@ TROUBLES: list[tuple[Any, str | None, bool | None, bool]] = [
 def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, trouble, words, known, kept):
     assert auto_layout(network)(X, K).shape == (2, 4) and costs
     rows = {table: set(those) for table, those in look(table_path())[0].items()}
-    for table in stores._tables.values():
-        table.close()
-    monkeypatch.setattr(stores, "_tables", {table_path().as_posix(): CostTable(table_path(), timeout=0.2)})
+    close_tables()
+    as_another_process(monkeypatch, CostTable(table_path(), timeout=0.2))
     with trouble(table_path()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         costs.clear()
@@ -417,10 +320,9 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
         np.testing.assert_allclose(new(X, K), other(X, K), rtol=1e-5, atol=1e-5)
         assert new.outcome(X, K).kept and new.outcome(X, K).source == "stored"  # at least this process remembers
         if kept:
-            monkeypatch.setattr(stores, "_tables", {})
+            as_another_process(monkeypatch)
             assert auto_layout(other).outcome(X, K).source == "stored"
-        for table in stores._tables.values():
-            table.close()
+        close_tables()
     assert [warning.category for warning in caught] == [TableWarning] * (words is not None)
     assert words is None or words in str(caught[0].message)
     if trouble in (full_disk, read_only, without_locks, of_another_machine):  # then what was committed is still there
@@ -435,8 +337,7 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
 def test_whichever_byte_is_flipped_the_call_is_right(costs, monkeypatch):
     auto_layout(network)(X, K)
     expected, draw = network(X, K), random.Random(5)
-    for table in stores._tables.values():
-        table.close()
+    close_tables()
     data = table_path().read_bytes()
     for trial in range(10):
         path = table_path().with_name(f"{trial}.sqlite")
@@ -497,14 +398,10 @@ def test_a_disk_that_is_really_full(tmp_path):
 # What somebody else's table may say
 
 
-class Slow(Lowering):
+class Slow(Toy):
     """Right, and hundreds of times slower."""
 
     name = "slow"
-
-    def orders(self, conv):
-        first = ConvLayout.channels_first(conv.rank)
-        yield ConvDimensionNumbers(first, KernelLayout.oi_first(conv.rank), first)
 
     def apply(self, conv, dims, lhs, prepared):
         params = {"dimension_numbers": dims.to_lax(), **conv.params}
@@ -517,13 +414,13 @@ class Slow(Lowering):
 
 class Wrong(Slow):
     def apply(self, conv, dims, lhs, prepared):
-        return 1.01 * lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
+        return 1.01 * Toy.apply(self, conv, dims, lhs, prepared)
 
 
 @pytest.mark.parametrize(("lowering", "cause"), [(Slow, "time"), (Wrong, "numbers")])
 def test_times_that_are_a_lie(monkeypatch, lowering, cause):
     """Records as they should be, but that one candidate is a thousand times faster than it is, and right."""
-    monkeypatch.setattr("jaxlayout.convs.candidates.lowerings", lambda: {"slow": lowering(), "xla": lowerings()["xla"]})
+    offer(monkeypatch, lowering(), "xla")
     monkeypatch.setattr(pipeline, "OPTION_SETS", {})
     with registered(lowering()):
         honest = auto_layout(network, on_miss="measure").outcome(X, K)
@@ -536,7 +433,7 @@ def test_times_that_are_a_lie(monkeypatch, lowering, cause):
             lie = replace(told, status="ok", median_ns=ns, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0)
             table.record(env, signature, candidate, lie)
         table.close()
-        monkeypatch.setattr(stores, "_tables", {})
+        as_another_process(monkeypatch)
         tuned = auto_layout(lambda x, k: 2 * network(x, k), on_miss="error" if cause == "numbers" else "measure")
         np.testing.assert_allclose(tuned(X, K), 2 * network(X, K), rtol=1e-5, atol=1e-5)
         outcome = tuned.outcome(X, K)
@@ -689,8 +586,7 @@ def test_a_table_whose_sizes_are_a_lie(costs):
         for number, text in enumerate(lies):
             row = (env, f"f{number}", skeleton, text, "[" * 5000 if text == sizes else json.dumps(payload))
             raw.execute("INSERT INTO plans VALUES(?, ?, ?, ?, ?, ?)", (*row, checksum("plans", row)))
-    for table in stores._tables.values():
-        table.close()
+    close_tables()
     tuned = auto_layout(network)
     np.testing.assert_allclose(tuned(X[:1], K), network(X[:1], K), rtol=1e-5, atol=1e-5)
     assert tuned.outcome(X[:1], K).kept

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
+from helpers import close
 from jax import lax
 from sklearn.datasets import load_digits
 
@@ -37,15 +38,6 @@ def rewritten(tuned: AutoLayout, *args: Any) -> bool:
     return outcome.kept and changed and tuned_conv_p.name in names and "conv_general_dilated" not in names
 
 
-def close(found: Any, expected: Any, tolerance: float = 1e-4) -> None:
-    """Equal in structure, shapes and dtypes, and in numbers within `tolerance` of each array's largest."""
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert jax.typeof(a) == jax.typeof(b)
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=1e-3))
-
-
 def trains(step: Any, state: Any, *batches: Any, tolerance: float = 1e-4, **jit: Any) -> Any:
     """Assert that `step(state, *batch)` -> (state, loss) is rewritten and agrees, over all batches; gives the state.
     `jit`: keywords by which the state is donated."""
@@ -58,7 +50,7 @@ def trains(step: Any, state: Any, *batches: Any, tolerance: float = 1e-4, **jit:
         ours, loss = tuned(given, *batch)
         assert not jit or all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
         theirs, expected = plain(theirs, *batch)
-        close((ours, loss), (theirs, expected), tolerance)
+        close((ours, loss), (theirs, expected), tolerance, least=1e-3)
     assert rewritten(tuned, state, *(b[0] for b in batches))
     moved = [float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (ours, state)), strict=True)]
     assert max(moved) > 1e-3

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from builder import Program
 from drawing import examples
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from jax import lax
-from programs import Program, programs
-from test_retrace import assert_same, inexact, real_part
+from programs import assert_same, inexact, programs, real_part
 
 from jaxlayout import auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv_p

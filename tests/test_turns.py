@@ -9,19 +9,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from helpers import ROOT, depthwise
 
 from jaxlayout import auto_layout
 from jaxlayout.measure import turns
 from jaxlayout.measure.turns import NoTurn, Turns
-
-ROOT = Path(__file__).parents[1]
 
 needs_fcntl = pytest.mark.skipif(turns.fcntl is None, reason="needs fcntl")
 
@@ -330,11 +327,6 @@ def test_the_file_is_the_users():
 
 
 # What a call does without a turn
-
-
-def depthwise(x, k):
-    dims = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims, feature_group_count=8)
 
 
 ARGS = jnp.ones((1, 8, 8, 8)), jnp.ones((3, 3, 1, 8))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from drawing import examples
+from helpers import normal
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -41,10 +42,6 @@ from jaxlayout.graph.solve import RELUCTANCE, solve
 IMAGES = ["NCW", "NWC", "NCHW", "NHWC", "CHWN", "HWCN", "NCDHW", "NDHWC", "CDHWN", "DHWCN", "CWN", "WCN"]
 KERNELS = ["OIW", "WIO", "OWI", "IWO", "OIHW", "HWIO", "OHWI", "IHWO", "OIDHW", "DHWIO", "ODHWI", "IDHWO"]
 FIRST, LAST = LayoutPolicy(name="first", channels_last=False), LayoutPolicy(name="last")
-
-
-def normal(seed: int, *shape: int) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), np.float32)
 
 
 def images(layout: str = "NCHW", seed: int = 0, sizes: str = "N2 C3 H6 W5 D4") -> LayoutTensor:

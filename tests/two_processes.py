@@ -19,8 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxlayout import auto_layout, tune
 from jaxlayout.api import processes
-from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning import pipeline
+from tests.made_up import made_up
 from tests.on_devices import PARAMS, X, Y, close, net, step
 
 ME = -1
@@ -29,25 +29,7 @@ PLAIN = jax.jit(step)
 
 def costs(written_ns, measured=None):
     """Made-up costs: of what is written, and 1 us for anything else by XLA."""
-
-    def measure(jobs, **_):
-        for job in jobs:
-            first, *others = job.alternatives
-            ns = {name: 1e3 if name.startswith("xla") else 1e5 for name in others}
-            ns[first] = written_ns if others else 1.0
-            if measured is not None:
-                measured.append(job.key)
-            yield (
-                job,
-                {
-                    name: Measurement(
-                        status="ok", median_ns=cost, spread_ns=0.0, runs=9, error=0.0, temp_bytes=0, program="made up"
-                    )
-                    for name, cost in ns.items()
-                },
-            )
-
-    return measure
+    return made_up(lambda name, _: 1e3 if name.startswith("xla") else 1e5, written_ns, measured)
 
 
 def failing(jobs, **_):

@@ -27,7 +27,8 @@ import jax
 import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from programs import at_random, programs
+from plans import at_random
+from programs import programs
 
 from bench import corpus
 from jaxlayout import auto_layout
