@@ -12,7 +12,7 @@ VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m
 BENCHES := networks lowerings training scenarios forms overhead noise races table remote plot
 
-.PHONY: demo test fuzz lint format typecheck bench corpus notebooks clean anew
+.PHONY: demo docs test fuzz lint format typecheck bench corpus notebooks clean anew
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/installed-bench  ## tune real networks, and print what it gained
@@ -26,6 +26,9 @@ corpus: $(VENV)/installed-corpus  ## many functions, of other packages too: rati
 
 notebooks: $(VENV)/installed-notebooks  ## execute the notebooks, and store what they print and draw
 	$(RUN) notebooks.run $(ARGS)
+
+docs: $(VENV)/installed-docs  ## the docs site, into site/; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(RUN) mkdocs build --strict $(ARGS)
 
 test: lint typecheck  ## the whole check
 	$(RUN) pytest -n 2 $(ARGS)
@@ -58,4 +61,4 @@ $(VENV)/installed-%: pyproject.toml jaxlayout/__init__.py $(if $(filter nightly,
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv site

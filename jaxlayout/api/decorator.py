@@ -155,9 +155,12 @@ class AutoLayout:
         self._tuner = Tuner(bare, jit_keywords, options, pinned)
         take_after(self, self._tuner.source)
         self.__wrapped__: Callable[..., Any] = fun
-        self.options = options
-        self.pinned = pinned
-        self.jit = jit
+        self.options: Options = options
+        """How it is tuned."""
+        self.pinned: Plan | None = pinned
+        """The plan that it was given, for all calls."""
+        self.jit: dict[str, Any] = jit
+        """The keywords of `jax.jit` that it was given."""
         self._calls = threading.local()
         self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **jit_keywords)
@@ -352,7 +355,8 @@ def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = Non
         `client.get_executor()`. Convolutions and conversions are measured there, one job each; those of workers whose
         environment differs from this one are refused, and what is lost twice is measured here. Whole functions are
         compared here.
-      args, kwargs: those of the function.
+      args: those of the function.
+      kwargs: those of the function by keyword.
     """
     tuned = fun if isinstance(fun, AutoLayout) else auto_layout(fun)
     return tuned._looked_at(args, kwargs, executor)[1]

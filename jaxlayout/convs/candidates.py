@@ -21,7 +21,7 @@ class Candidate:
 
     @classmethod
     def parse(cls, text: str) -> Candidate:
-        """The inverse of `str`."""
+        """The inverse of `str`. ValueError for dimension numbers that are none."""
         lowering, _, dims = text.rpartition(":")
         return cls(lowering, ConvDimensionNumbers.parse(dims))
 

@@ -96,7 +96,8 @@ def im2col_with_layout(
     Args:
       input: (N, C, *spatial), laid out as a `ConvLayout`. Channels first stays so; all else is taken channels last.
       kernel: the window's size, for each spatial axis or for all.
-      stride, padding: as in `conv2d_auto_layout`.
+      stride: of the window, for each spatial axis or for all.
+      padding: as in `conv2d_auto_layout`.
       dilation: of the window, for each spatial axis or for all.
 
     Returns:
@@ -105,7 +106,8 @@ def im2col_with_layout(
       features then taps, as a row of an OIHW one.
 
     Raises:
-      TypeError, ValueError: as `conv2d_auto_layout`.
+      TypeError: for an input that is no tensor with a layout.
+      ValueError: for a layout of another kind or number of axes.
     """
     spatial = input.ndim - 2 if isinstance(input, Tensor) else 0
     first, last = ConvDimensionNumbers.channels_first(spatial), ConvDimensionNumbers.channels_last(spatial)

@@ -180,7 +180,12 @@ _registry: dict[str, Lowering] = {}
 
 
 def register_lowering(lowering: Lowering) -> Lowering:
-    """Offer a lowering to every later tuning. A name is taken once, and is an identifier."""
+    """Offer a lowering to every later tuning, and give it back.
+
+    Raises:
+      ValueError: for a name that is taken or no identifier, and for a lowering that may crash whose class another
+        process cannot import by its name.
+    """
     if lowering.name in _registry:
         raise ValueError(f"a lowering named {lowering.name!r} is registered already")
     if not lowering.name.isidentifier():

@@ -23,7 +23,10 @@ _WIDE = frozenset(map(np.dtype, (np.float64, np.int64, np.uint64, np.complex128)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvSignature:
-    """Equal signatures compute the same thing at the same cost and are measured once. Sizes in elements."""
+    """What a convolution computes. Equal signatures compute the same thing at the same cost and are measured once.
+
+    Sizes are in elements. What is given for each spatial axis has them in their order: depth, height, width.
+    """
 
     batch: int
     in_features: int
@@ -41,6 +44,7 @@ class ConvSignature:
     preferred_element_type: np.dtype | None = None
     precision: Any = None
     context: Context = "entry"
+    """Where it is compiled: in the entry computation, or nested in a loop, a branch or a call."""
 
     @classmethod
     def of(cls, lhs: Any, rhs: Any, params: Mapping[str, Any], context: Context = "entry") -> ConvSignature:

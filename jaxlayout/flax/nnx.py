@@ -1,10 +1,12 @@
 """NNX functions and modules whose convolutions are tuned.
 
-@auto_layout                                     # as nnx.jit: modules and optimizers are updated in place
-def train_step(model, optimizer, images, labels): ...
+    @auto_layout  # as nnx.jit: modules and optimizers are updated in place
+    def train_step(model, optimizer, images, labels): ...
 
-model = auto_layout(ResNet(depth=50, rngs=nnx.Rngs(0)))
-logits = model(images)
+    model = auto_layout(ResNet(depth=50, rngs=nnx.Rngs(0)))
+    logits = model(images)
+
+Functions are as under `nnx.jit`. A tuned module has the Variables of the one that it is made of.
 """
 
 from __future__ import annotations

@@ -39,12 +39,17 @@ class Plan:
     as the additive model has them: convolutions and conversions only."""
 
     choices: Mapping[Path, Mode] = field(default_factory=dict)
+    """The mode of each equation that changes, by its path."""
     conversions: tuple[Conversion, ...] = ()
+    """The transposes that the rewritten program has."""
     predicted_ns: float = 0.0
+    """The time of the program as planned."""
     written_ns: float = 0.0
+    """The time of the program as the user wrote it."""
     bound_ns: float = 0.0
     """No plan over the same candidates and costs is cheaper."""
     exact: bool = True
+    """Whether none is cheaper than this one."""
     compiler_options: Mapping[str, str] = field(default_factory=dict)
     """What the whole program is compiled with beside the options that the user gave `jax.jit`."""
     materialised_bytes: int | None = None
@@ -128,12 +133,12 @@ class Plan:
             raise ValueError(f"not a plan: {error!r}"[:200]) from error
 
     def save(self, path: str | FilePath) -> None:
-        """Write it as JSON."""
+        """Write it to a file, as JSON."""
         FilePath(path).write_text(json.dumps(self.to_json()), encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | FilePath) -> Plan:
-        """Read what `save` wrote."""
+        """Read what `save` wrote. ValueError for what is no plan, or one of another version's format."""
         return cls.from_json(json.loads(FilePath(path).read_text(encoding="utf-8")))
 
 

@@ -186,7 +186,7 @@ class ConvDimensionNumbers:
 
     @classmethod
     def parse(cls, text: str) -> ConvDimensionNumbers:
-        """From 'NHWC,HWIO->NHWC'."""
+        """From text such as 'NHWC,HWIO->NHWC'; ValueError for other text."""
         try:
             operands, out = text.split("->")
             lhs, rhs = operands.split(",")

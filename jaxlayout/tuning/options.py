@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How a function is tuned. The variable JAXLAYOUT_<NAME> sets a default, a keyword of `auto_layout` wins."""
+    """How a function is tuned. The variable `JAXLAYOUT_<NAME>` sets a default, a keyword of `auto_layout` wins."""
 
     policy: Literal["auto", "channels_last", "off"] = "auto"
     """auto: what is measured to be fastest, never slower than the original. channels_last: every convolution channels

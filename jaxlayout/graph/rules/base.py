@@ -155,7 +155,7 @@ _table: dict[Primitive | str, Rule | RegionRule] = {}
 
 
 def register_rule(primitive: Primitive | str, rule: Rule | RegionRule) -> None:
-    """Teach every later tuning how orders pass through a primitive, or all of a name. It must not have a rule
+    """Teach every later tuning how orders pass through a primitive, or all of a name. ValueError where it has a rule
     already."""
     if primitive in _table:
         raise ValueError(f"primitive {primitive} has a rule already")
