@@ -1,12 +1,12 @@
 # Needs Python 3.11 or later and nothing else: PYTHON= chooses which one, JAX= which version of jax (`make test
 # PYTHON=python3.12 JAX=0.11.2`), or else the newest that this Python can have. Each pair has an environment of its own in
 # .venv/, made at the first use and brought up to date whenever pyproject.toml or the version has changed; that of
-# JAX=nightly has each time what was built last.
+# JAX=nightly NIGHTLY=index has each time what was built last.
 
 PYTHON ?= python3
 JAX ?=
-# Where JAX=nightly is from, as JAX's installation guide says: https://docs.jax.dev/en/latest/installation.html
-NIGHTLY := https://us-python.pkg.dev/ml-oss-artifacts-published/jax/simple/
+# Where JAX=nightly is from: the index that JAX's installation guide names.
+NIGHTLY ?= $(error NIGHTLY= is needed: the index of nightly builds, see JAX's installation guide)
 VERSION := $(shell $(PYTHON) -c 'import sys; print("{}.{}".format(*sys.version_info))')
 VENV := .venv/$(VERSION)$(JAX:%=-jax%)
 RUN := $(VENV)/bin/python -m

@@ -689,11 +689,6 @@ def test_pickled(make):
     close(g(X, K), expected)
     assert (g.options, g.pinned, g.__name__) == (f.options, f.pinned, f.__name__)
     assert g._tuner.jit_keywords == f._tuner.jit_keywords
-        f.options,
-        f.pinned,
-        f._tuner.jit_keywords,
-        f.__name__,
-    )
     assert g.outcome(X, K).kept and is_tuned(g, X, K)
 
 
