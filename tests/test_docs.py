@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+from helpers import ROOT, python
 from once import once
 
 from jaxlayout import public
-
-ROOT = Path(__file__).parents[1]
 
 
 def test_the_reference_has_all_that_is_public():
@@ -29,8 +24,6 @@ def test_the_examples_are_on_their_page():
 @once
 def test_it_builds_without_a_warning(tmp_path):
     """Broken links and anchors are warnings, and so are names that the reference does not find."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert 'id="jaxlayout.auto_layout"' in (tmp_path / "site" / "reference" / "tuning" / "index.html").read_text()
+    command = "-m", "mkdocs", "build", "--strict", "--config-file", ROOT / "mkdocs.yml", "--site-dir", tmp_path
+    python(*command, NO_MKDOCS_2_WARNING="1")
+    assert 'id="jaxlayout.auto_layout"' in (tmp_path / "reference" / "tuning" / "index.html").read_text()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import jax
-import numpy as np
+from helpers import ROOT, close
 
-FOLDER = Path(__file__).parents[1] / "examples"
+FOLDER = ROOT / "examples"
 
 
 def example(name: str) -> ModuleType:
@@ -22,10 +20,6 @@ def example(name: str) -> ModuleType:
     return module
 
 
-def agree(found: Any, expected: Any) -> None:
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_all_are_here():
     assert {path.stem for path in FOLDER.glob("*.py")} == {"ahead", "decorate", "report", "serve", "train"}
 
@@ -35,7 +29,7 @@ def test_decorate(costs, capsys):
     logits = script.main()
     assert script.predict.outcome(*script.inputs()).kept
     assert "depthwise 3x3" in capsys.readouterr().out
-    agree(logits, jax.jit(script.predict.__wrapped__)(*script.inputs()))
+    close(logits, jax.jit(script.predict.__wrapped__)(*script.inputs()))
 
 
 def test_train(costs, monkeypatch):
@@ -44,7 +38,7 @@ def test_train(costs, monkeypatch):
     assert losses[-1] < losses[0]
     asked = len(costs)
     assert asked > 2  # the gradient's convolutions, too
-    agree(losses, script.train(script.Network()))
+    close(losses, script.train(script.Network()))
     assert len(costs) == asked  # that one was plain
 
 
@@ -52,7 +46,7 @@ def test_serve(costs):
     script = example("serve")
     plain = jax.jit(script.predict.__wrapped__)
     for found, images in zip(script.main(), script.requests(), strict=True):
-        agree(found, plain(script.weights(), images))
+        close(found, plain(script.weights(), images))
     assert costs
 
 
@@ -61,7 +55,7 @@ def test_ahead(costs, capsys):
     found = script.main()
     said = capsys.readouterr().out
     assert "kept: " in said and "the plan is pinned" in said
-    agree(found, jax.jit(script.predict)(*script.inputs()))
+    close(found, jax.jit(script.predict)(*script.inputs()))
 
 
 def test_report(costs, capsys):
@@ -71,4 +65,4 @@ def test_report(costs, capsys):
     assert [site.kind for site in report.sites] == ["1x1", "depthwise 3x3 stride 2"]
     assert all(f"{site.chosen.candidate} (" in said and site.chosen != site.written for site in report.sites)
     assert data["barriers"][0]["name"] == "sort" and "orders stop at sort" in said
-    agree(script.score(*script.inputs()), jax.jit(script.score.__wrapped__)(*script.inputs()))
+    close(script.score(*script.inputs()), jax.jit(script.score.__wrapped__)(*script.inputs()))
