@@ -74,10 +74,14 @@ def close(found: Any, expected: Any, tolerance: float = 2e-5, least: float = 0.0
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * float(np.abs(b).max(initial=least)))
 
 
-def is_tuned(fun: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a function, traced with these arguments, has a convolution that was chosen."""
-    jaxpr = jax.make_jaxpr(lambda: fun(*args, **kwargs))()
+def has_chosen(jaxpr: Any) -> bool:
+    """Whether a jaxpr has a convolution that was chosen."""
     return any(eqn.primitive is tuned_conv_p for eqn in equations(jaxpr))
+
+
+def is_tuned(fun: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a function, traced with these arguments, has one."""
+    return has_chosen(jax.make_jaxpr(lambda: fun(*args, **kwargs))())
 
 
 def same(fun: Any, *args: Any, jit: dict[str, Any] | None = None, **kwargs: Any) -> AutoLayout:

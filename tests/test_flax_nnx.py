@@ -60,7 +60,8 @@ def block() -> Any:
 
 def is_tuned(fun: Callable[..., Any], model: nnx.Module, *args: Any) -> bool:
     graphdef, state = nnx.split(model)
-    return helpers.is_tuned(lambda state, *args: jax.tree.leaves(fun(nnx.merge(graphdef, state), *args)), state, *args)
+    merged = lambda state, *args: jax.tree.leaves(fun(nnx.merge(graphdef, state), *args))  # noqa: E731
+    return helpers.has_chosen(jax.make_jaxpr(merged)(state, *args))
 
 
 def pure(tree: Any) -> Any:

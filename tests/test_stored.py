@@ -61,7 +61,7 @@ def test_a_second_process_neither_measures_nor_judges(tmp_path):
     assert table().counts()["plans"] == 1
 
 
-def test_a_damaged_table(costs):
+def test_a_damaged_table(forced):
     path = Path(os.environ["JAXLAYOUT_TABLE"])
     path.write_bytes(b"this is no database" * 1000)
     f = auto_layout(conv)
@@ -72,7 +72,7 @@ def test_a_damaged_table(costs):
     assert table().counts()["plans"] == 1
 
 
-def test_a_table_of_another_schema(costs):
+def test_a_table_of_another_schema(forced):
     path = Path(os.environ["JAXLAYOUT_TABLE"])
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE plans (something, quite, different)")
@@ -84,27 +84,27 @@ def test_a_table_of_another_schema(costs):
     assert f.outcome(X, K).kept
 
 
-def test_a_table_that_cannot_be_written(costs, tmp_path):
+def test_a_table_that_cannot_be_written(forced, tmp_path):
     (tmp_path / "file").write_text("in the way")
     f = auto_layout(conv, table=tmp_path / "file" / "table.sqlite")
     with pytest.warns(TableWarning, match="for this process only"):
         out = f(X, K)
     np.testing.assert_allclose(out, conv(X, K), rtol=1e-5, atol=1e-5)
-    asked = len(costs)
+    asked = len(forced)
     assert f.outcome(X, K).kept and f.outcome(X, K).source == "stored"
-    assert len(costs) == asked  # this process remembers
+    assert len(forced) == asked  # this process remembers
 
 
-def test_a_table_that_can_only_be_read(costs, monkeypatch):
+def test_a_table_that_can_only_be_read(forced, monkeypatch):
     f = auto_layout(conv)
     f(X, K)
-    asked = len(costs)
+    asked = len(forced)
     connect = sqlite3.connect
     monkeypatch.setattr(sqlite3, "connect", lambda name, *a, **k: connect(name.replace("=rwc", "=ro"), *a, **k))
     as_another_process(monkeypatch)
     again = auto_layout(conv)
     np.testing.assert_array_equal(again(X, K), f(X, K))  # as it was deployed: without a warning
-    assert again.outcome(X, K).source == "stored" and len(costs) == asked
+    assert again.outcome(X, K).source == "stored" and len(forced) == asked
     other = auto_layout(lambda x, k: conv(x[:1], k))
     with pytest.warns(TableWarning, match="cannot be written"):
         out = other(X, K)
@@ -112,7 +112,7 @@ def test_a_table_that_can_only_be_read(costs, monkeypatch):
     assert other.outcome(X, K).kept and other.outcome(X, K).source == "stored"
 
 
-def test_a_stored_plan_that_cannot_be_read_is_made_anew(costs, caplog):
+def test_a_stored_plan_that_cannot_be_read_is_made_anew(forced, caplog):
     f = auto_layout(conv)
     f(X, K)
     ((env, function, skeleton, sizes, _),) = (
@@ -154,24 +154,24 @@ def test_different_options_have_different_plans(costs, monkeypatch):
     assert auto_layout(conv, time_budget=5.0).outcome(X, K).source == "stored"
 
 
-def test_a_release_plans_anew_from_what_was_measured(costs, monkeypatch):
+def test_a_release_plans_anew_from_what_was_measured(forced, monkeypatch):
     auto_layout(conv)(X, K)
-    asked = len(costs)
+    asked = len(forced)
     monkeypatch.setattr(pipeline, "__version__", "99.0")
     assert auto_layout(conv).outcome(X, K).source == "measured"
     assert auto_layout(conv).outcome(X, K).source == "stored"
-    assert len(costs) == asked
+    assert len(forced) == asked
 
 
-def test_a_rule_that_is_another_has_other_plans_and_times(costs, monkeypatch):
+def test_a_rule_that_is_another_has_other_plans_and_times(forced, monkeypatch):
     def pooled(x, k):
         return lax.reduce_window(conv(x, k), -jnp.inf, lax.max, (1, 1, 2, 2), (1, 1, 2, 2), "VALID")
 
     x = normal(4, 2, 3, 128, 128)
     rules, pooling = importlib.import_module("jaxlayout.graph.rules.base"), lax.reduce_window_max_p
     auto_layout(pooled)(x, K)
-    asked = len(costs)
+    asked = len(forced)
     monkeypatch.setitem(rules._table, pooling, replace(rules.rule_for(pooling), version=2))
     assert auto_layout(pooled).outcome(x, K).source == "measured"
-    (timed,) = (key for key in costs[:asked] if key.startswith("reduce_window_max@1 "))
-    assert costs[asked:] == [timed.replace("@1", "@2")]
+    (timed,) = (key for key in forced[:asked] if key.startswith("reduce_window_max@1 "))
+    assert forced[asked:] == [timed.replace("@1", "@2")]

@@ -305,17 +305,17 @@ TROUBLES: list[tuple[Any, str | None, bool | None, bool]] = [
 
 
 @pytest.mark.parametrize(("trouble", "words", "known", "kept"), TROUBLES, ids=lambda x: getattr(x, "__name__", ""))
-def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, trouble, words, known, kept):
-    assert auto_layout(network)(X, K).shape == (2, 4) and costs
+def test_whatever_happens_to_the_table_the_call_is_right(forced, monkeypatch, trouble, words, known, kept):
+    assert auto_layout(network)(X, K).shape == (2, 4) and forced
     rows = {table: set(those) for table, those in look(table_path())[0].items()}
     close_tables()
     as_another_process(monkeypatch, CostTable(table_path(), timeout=0.2))
     with trouble(table_path()), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        costs.clear()
+        forced.clear()
         tuned = auto_layout(network)
         np.testing.assert_allclose(tuned(X, K), network(X, K), rtol=1e-5, atol=1e-5)
-        assert tuned.outcome(X, K).kept and known in (None, costs == [])
+        assert tuned.outcome(X, K).kept and known in (None, forced == [])
         new = auto_layout(other)
         np.testing.assert_allclose(new(X, K), other(X, K), rtol=1e-5, atol=1e-5)
         assert new.outcome(X, K).kept and new.outcome(X, K).source == "stored"  # at least this process remembers
@@ -334,7 +334,7 @@ def test_whatever_happens_to_the_table_the_call_is_right(costs, monkeypatch, tro
             assert raw.execute("SELECT count(*) FROM measurements").fetchone()[0] == len(rows["measurements"])
 
 
-def test_whichever_byte_is_flipped_the_call_is_right(costs, monkeypatch):
+def test_whichever_byte_is_flipped_the_call_is_right(forced, monkeypatch):
     auto_layout(network)(X, K)
     expected, draw = network(X, K), random.Random(5)
     close_tables()
@@ -459,7 +459,7 @@ def changed(value: Any, place: tuple[Any, ...], to: Any) -> Any:
     return copy
 
 
-def test_a_new_table_on_a_full_disk_is_one_warning(costs, recwarn):
+def test_a_new_table_on_a_full_disk_is_one_warning(forced, recwarn):
     with full_disk(table_path()):
         for _ in range(2):
             tuned = auto_layout(network)
@@ -504,7 +504,7 @@ LIES: list[tuple[tuple[Any, ...], Any, str]] = [
 ]
 
 
-def test_a_stored_plan_that_does_not_fit_is_refused_with_a_reason(costs, monkeypatch, tmp_path, caplog):
+def test_a_stored_plan_that_does_not_fit_is_refused_with_a_reason(forced, monkeypatch, tmp_path, caplog):
     tuned = auto_layout(network)
     honest = tuned.outcome(X, K)
     assert honest.kept and tuned.outcome(X, K).source == "stored"
@@ -548,7 +548,7 @@ def test_a_stored_plan_of_relaxed_numerics_is_for_relaxed_numerics(forced, caplo
         assert auto_layout(f, numerics=numerics).outcome(x, k).source == found
 
 
-def test_hostile_plans_at_random_are_refused_or_harmless(costs):
+def test_hostile_plans_at_random_are_refused_or_harmless(forced):
     """A value in any place of a stored outcome is replaced by something else; what is believed can be explained."""
     auto_layout(network)(X, K)
     env, function, skeleton, sizes, payload = stored()
@@ -577,7 +577,7 @@ def test_hostile_plans_at_random_are_refused_or_harmless(costs):
     assert 0 < believed < 20
 
 
-def test_a_table_whose_sizes_are_a_lie(costs):
+def test_a_table_whose_sizes_are_a_lie(forced):
     """What other sizes of the program were planned as is a hint, and comes from the same file."""
     auto_layout(network)(X, K)
     env, _, skeleton, sizes, payload = stored()

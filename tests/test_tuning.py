@@ -79,7 +79,7 @@ def test_on_miss_error_names_the_signature():
         f(X, K)
 
 
-def test_on_miss_error_is_content_with_what_is_known(costs):
+def test_on_miss_error_is_content_with_what_is_known(forced):
     auto_layout(conv)(X, K)
     f = auto_layout(conv, on_miss="error")
     np.testing.assert_allclose(f(X, K), conv(X, K), rtol=1e-5, atol=1e-5)
@@ -109,14 +109,14 @@ def test_heuristics_measure_nothing(monkeypatch, options):
     assert f.outcome(x, k) == outcome  # but by this process, which would come to the same again
 
 
-def test_a_budget_is_for_the_process(costs, monkeypatch):
+def test_a_budget_is_for_the_process(forced, monkeypatch):
     monkeypatch.setattr(pipeline.process_budget, "spent", lambda: 100.0)
     assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
-    assert costs == []
+    assert forced == []
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
 
 
-def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
+def test_waiting_for_a_turn_spends_nothing(forced, monkeypatch):
     now = [0.0]
     budget, real = Budget(lambda: now[0]), pipeline.measure
 
@@ -130,7 +130,7 @@ def test_waiting_for_a_turn_spends_nothing(costs, monkeypatch):
     monkeypatch.setattr(pipeline, "process_budget", budget)
     monkeypatch.setattr(pipeline, "measure", measure)
     assert auto_layout(conv, time_budget=300.0).outcome(X, K).source == "measured"
-    assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(costs)
+    assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(forced)
 
 
 def test_verdict_by_timing(costs, monkeypatch):
