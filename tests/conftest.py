@@ -8,6 +8,11 @@ import signal
 import tempfile
 from pathlib import Path
 
+# Most of the suite's time is LLVM's, which optimises programs that run once. `make fuzz` has them as users have them.
+# Before all imports: XLA reads its flags when the first array is made.
+if "FUZZ" not in os.environ:
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+
 import pytest
 from made_up import made_up
 from tables import as_another_process
@@ -17,10 +22,6 @@ from jaxlayout.runtime import lock
 from jaxlayout.tuning import pipeline, stores
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.verify.accept import Verdict
-
-# Most of the suite's time is LLVM's, which optimises programs that run once. `make fuzz` has them as users have them.
-if "FUZZ" not in os.environ:
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
 # A shell that starts the tests in the background has them, and all that they start, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
