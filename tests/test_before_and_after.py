@@ -21,7 +21,7 @@ TO_LAST, TO_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 def equations_of(jaxpr: Any) -> str:
     """All of a jaxpr, where a convolution that was chosen to be XLA's is like one that is written so."""
     written = text(jaxpr).replace("tuned_conv[", "conv_general_dilated[")
-    return re.sub(r"\n *(derived=False|lowering=xla|picker=None)(?=\n)", "", written)
+    return re.sub(r"\n *(derived=False|lowering=xla|selector=None)(?=\n)", "", written)
 
 
 def becomes(before: Callable[..., Any], after: Callable[..., Any], *args: Any, dims: str = MIXED) -> None:
