@@ -32,7 +32,7 @@ from bench.models import ALL_MODELS, packages, zoo
 from bench.models.packages import Program, flax_program, graded
 from bench.networks import errors_from, in_float64, normal
 from bench.rows import Row, arguments, compared, parsed, write_rows
-from bench.timing import first_call, paired
+from bench.timing import first_call, machine, paired
 from jaxlayout import auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import ConvSignature
@@ -474,7 +474,7 @@ def markdown(rows: list[Row]) -> str:
         )
 
     versions = sorted({row["package"] for row in rows if "package" in row})
-    top = ", ".join((f"jax {jax.__version__}", *versions, jax.devices()[0].device_kind, "`python -m bench.corpus`"))
+    top = ", ".join((machine(), *versions, "`python -m bench.corpus`"))
     return "\n\n".join((top, ABOUT, head + "\n".join(map(line, rows)), summary(rows))) + "\n"
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from rich.console import Console
 
 from bench.models import MODELS
-from bench.timing import paired
+from bench.timing import machine, paired
 from jaxlayout import auto_layout
 from jaxlayout.graph.program import count_transposes
 
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(given.models) - set(MODELS):
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
     say = Console(soft_wrap=True).print
-    say(f"jax {jax.__version__} on {jax.devices()[0].device_kind}, batch {given.batch}, {given.size}x{given.size}")
+    say(f"{machine()}, batch {given.batch}, {given.size}x{given.size}")
     say("times: medians of runs in turn, ms; ratio: median of pairs; conversions: transposes as written -> tuned")
     say(f"{'model':20} {'jit':>8} {'auto_layout':>12} {'ratio':>13} {'error':>8} {'conversions':>12} {'tuning':>8} ")
     right = True

@@ -35,7 +35,7 @@ from bench.models import MODELS, video
 from bench.networks import errors_from, restricted_plan
 from bench.rows import Row, arguments, parsed, write_rows
 from bench.scenarios import Program
-from bench.timing import Contender, in_turn, middle
+from bench.timing import Contender, in_turn, machine, middle
 from jaxlayout import AutoLayout, Candidate, ConvDimensionNumbers, ConvSignature, Plan, auto_layout
 from jaxlayout.graph.build import Mode, Node, build_graph
 from jaxlayout.graph.solve import solve
@@ -160,8 +160,7 @@ def markdown(rows: list[Row]) -> str:
         f"| {r['case']} | {r['jit_ms']:.1f} | {' | '.join(cell(r, form) for form in FORMS[1:])} | {r['apart']:.0e} |"
         for r in rows
     ]
-    device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__}, {device}, `python -m bench.forms`\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.forms`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,7 +30,7 @@ from jax import lax
 from bench.networks import cost_model, errors_from, normal
 from bench.roofline import Peaks, peaks
 from bench.rows import compared, write_rows
-from bench.timing import paired
+from bench.timing import machine, paired
 from jaxlayout import AutoLayout, Candidate, Outcome, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import ConvSignature, written_order
@@ -256,8 +256,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"| {r['bound']} | {r['reason']} |"
         for r in rows
     ]
-    device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__}, {device}, `python -m bench.lowerings`\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.lowerings`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,7 +26,7 @@ from jax import lax
 
 from bench.models import MODELS
 from bench.rows import compared, write_rows
-from bench.timing import first_call, paired
+from bench.timing import first_call, machine, paired
 from jaxlayout import Candidate, Options, auto_layout
 from jaxlayout.convs.candidates import candidates
 from jaxlayout.graph.build import build_graph
@@ -218,8 +218,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         f"| {times(r['memory'])} | {compiling(r)} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
         for r in rows
     ]
-    device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__}, {device}, `python -m bench.networks`\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.networks`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -28,7 +28,7 @@ import jax
 from bench.models import ALL_MODELS
 from bench.networks import cost_model
 from bench.rows import Row, arguments, parsed, write_rows
-from bench.timing import CORES, in_turn, middle
+from bench.timing import CORES, in_turn, machine, middle
 from jaxlayout import Plan, auto_layout
 from jaxlayout.graph.build import LayoutGraph, build_graph
 from jaxlayout.measure.jobs import measure
@@ -115,7 +115,7 @@ def markdown(rows: list[Row]) -> str:
         f"| {r['slower']:.2f} ±{r['slower_spread']:.2f} |"
         for r in rows
     ]
-    where = f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {CORES} cores, `python -m bench.noise`"
+    where = f"{machine()}, `python -m bench.noise`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n"
 
 

@@ -25,6 +25,7 @@ from jax import lax
 
 from bench.models import MODELS
 from bench.networks import restricted_plan
+from bench.timing import machine
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import candidates
 from jaxlayout.graph.build import build_graph
@@ -51,7 +52,7 @@ print(time.perf_counter() - start)
 def main() -> None:
     """Print a table."""
     table = os.environ["JAXLAYOUT_TABLE"] = os.path.join(tempfile.mkdtemp(), "table.sqlite")
-    print(f"jax {jax.__version__}, Python {sys.version.split()[0]}, {jax.devices()[0].device_kind}")
+    print(f"{machine()}, Python {sys.version.split()[0]}, `python -m bench.overhead`")
     print(f"{'warm call':<34}{'jax.jit us':>12}{'auto_layout us':>16}{'difference us':>15}")
     x = jnp.ones(4)
     tree = {f"layer{i}": {"kernel": jnp.ones(4), "bias": jnp.ones(4)} for i in range(150)}

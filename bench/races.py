@@ -23,8 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bench.rows import Row, arguments, parsed, write_rows
-from bench.timing import CORES
-from jaxlayout.measure.environment import current_environment
+from bench.timing import machine
 from jaxlayout.measure.jobs import Compiled, compile_in
 from jaxlayout.verify.race import race
 
@@ -90,10 +89,7 @@ def markdown(rows: list[Row]) -> str:
         f"| {r['pairs']:.0f}, {r['most_pairs']} | {r['seconds']:.2f}, {r['most_seconds']:.2f} |"
         for r in rows
     ]
-    where = (
-        f"jax {jax.__version__}, {current_environment(jax.devices()[0]).cpu}, {CORES} cores, `python -m bench.races`"
-    )
-    return f"{where}\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.races`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

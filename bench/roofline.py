@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from bench.timing import machine
+
 SIDE = 4096
 """Rows and columns of the matrices."""
 ELEMENTS = 2**27
@@ -75,7 +77,7 @@ def _best_seconds(f: Callable[..., Any], *args: Any) -> float:
 def main() -> None:
     """Print them."""
     found = peaks()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    print(machine())
     print(f"float32 matrix product  {found.flops_per_s / 1e9:8.1f} GFLOP/s")
     print(f"elementwise pass        {found.bytes_per_s / 1e9:8.1f} GB/s")
     print(f"balance                 {found.flops_per_s / found.bytes_per_s:8.1f} FLOP per byte")

@@ -43,7 +43,7 @@ from bench.lowerings import KERNELS
 from bench.models import video
 from bench.networks import errors_from, normal
 from bench.rows import Row, arguments, compared, parsed, write_rows
-from bench.timing import paired
+from bench.timing import machine, paired
 from jaxlayout import auto_layout
 
 SECONDS = 20.0
@@ -331,8 +331,7 @@ def markdown(rows: list[Row]) -> str:
         f"| {optional(r['memory'])} | {r['tuning_s']:.0f} ({r['timed']}) | {r['reason']} |"
         for r in rows
     ]
-    device = jax.devices()[0].device_kind
-    return f"jax {jax.__version__}, {device}, `python -m bench.scenarios`\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.scenarios`\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
+
+from jaxlayout.measure.environment import current_environment
 from jaxlayout.runtime.timing import Paired, lasting, paired, sample, timed_call
 
-__all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "middle", "paired"]
+__all__ = ["CORES", "Contender", "Paired", "first_call", "in_turn", "machine", "middle", "paired"]
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 """How many this process may use."""
@@ -19,6 +22,14 @@ SAMPLE_NS = 1e8
 
 Contender = Callable[[], Any]
 """Runs once, to the end."""
+
+
+def machine() -> str:
+    """What times are of: the version of jax, and the processor with the cores that this process may use, or the
+    accelerator."""
+    device = jax.devices()[0]
+    cores = f"{current_environment(device).cpu}, {CORES} cores"
+    return f"jax {jax.__version__}, {cores if device.platform == 'cpu' else device.device_kind}"
 
 
 def first_call(f: Callable[..., Any], *args: Any) -> tuple[Any, float]:

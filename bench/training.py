@@ -38,7 +38,7 @@ from jax import lax
 from bench.models import ALL_MODELS
 from bench.networks import errors, normal
 from bench.rows import arguments, compared, parsed, write_rows
-from bench.timing import CORES, Contender, first_call, in_turn, middle, paired
+from bench.timing import CORES, Contender, first_call, in_turn, machine, middle, paired
 from jaxlayout import auto_layout, keep_freed_memory
 
 Transform = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -361,7 +361,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         if r["rivals"]
     ]
     torch = next((f", torch {r['torch']}" for r in rows if "torch" in r), "")
-    top = f"jax {jax.__version__}{torch}, {jax.devices()[0].device_kind}, `{command}`"
+    top = f"{machine()}{torch}, `{command}`"
     return "\n\n".join((top, head + "\n".join(lines), *(["\n".join(rivals)] if rivals else []))) + "\n"
 
 
