@@ -7,7 +7,7 @@ import importlib
 import json
 import os
 import sqlite3
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax import lax
 from tables import as_another_process
 from toys import table
 
-from jaxlayout import Outcome, TableWarning, auto_layout
+from jaxlayout import Options, Outcome, TableWarning, auto_layout
 from jaxlayout.runtime.timing import Paired
 from jaxlayout.table.table import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline
@@ -146,12 +146,19 @@ def test_verdicts_that_name_no_noise_are_read():
             Verdict.from_json(data | {"noise": bad})
 
 
+OTHERS = {"memory_limit": 999.0, "numerics": "relaxed", "verdict": True}
+ALIKE = {"on_miss": "error", "time_budget": 5.0, "lock_timeout": 5.0}
+"""Values that are not those of the fixture: of options on which a plan depends, and of such as it does not."""
+
+
 def test_different_options_have_different_plans(costs, monkeypatch):
     monkeypatch.setattr("jaxlayout.verify.accept.race", lambda *_: (False, Paired.of([(1e6, 1e6)] * 3)))
+    assert {field.name for field in fields(Options)} == {*OTHERS, *ALIKE, "policy", "table"}  # a new one comes here
     auto_layout(conv)(X, K)
-    for options in ({"memory_limit": 999.0}, {"numerics": "relaxed"}, {"verdict": True}):
-        assert auto_layout(conv, **options).outcome(X, K).source == "measured"
-    assert auto_layout(conv, time_budget=5.0).outcome(X, K).source == "stored"
+    for name, value in OTHERS.items():
+        assert auto_layout(conv, **{name: value}).outcome(X, K).source == "measured"
+    for name, value in ALIKE.items():
+        assert auto_layout(conv, **{name: value}).outcome(X, K).source == "stored"
 
 
 def test_a_release_plans_anew_from_what_was_measured(forced, monkeypatch):
@@ -171,7 +178,7 @@ def test_a_rule_that_is_another_has_other_plans_and_times(forced, monkeypatch):
     rules, pooling = importlib.import_module("jaxlayout.graph.rules.base"), lax.reduce_window_max_p
     auto_layout(pooled)(x, K)
     asked = len(forced)
-    monkeypatch.setitem(rules._table, pooling, replace(rules.rule_for(pooling), version=2))
+    monkeypatch.setitem(rules._rules, pooling, replace(rules.rule_for(pooling), version=2))
     assert auto_layout(pooled).outcome(x, K).source == "measured"
     (timed,) = (key for key in forced[:asked] if key.startswith("reduce_window_max@1 "))
     assert forced[asked:] == [timed.replace("@1", "@2")]

@@ -38,6 +38,7 @@ from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import placement, placements
+from jaxlayout.measure.jobs import with_options
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.report import Explanation
 from jaxlayout.rewrite.retrace import retrace
@@ -162,12 +163,16 @@ class AutoLayout:
         self.jit: dict[str, Any] = jit
         """The keywords of `jax.jit` that it was given."""
         self._calls = threading.local()
+        """Has the call under way in each thread, as `under_way`."""
         self._compile_with(None if pinned is None or options.policy == "off" else pinned.compiler_options)
         self._traced: Any = jax.jit(self._body("entry"), **jit_keywords)
+        """Calls that are traced by another transformation: grad, vmap."""
         self._nested: Any = jax.jit(
             self._body("nested"), **{k: v for k, v in jit_keywords.items() if k not in NOT_NESTED}
         )
+        """Calls inside another jit."""
         self._plain: Any = jax.jit(bare, **jit_keywords)
+        """Calls that there was no turn to tune for."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         if not at_top_level():
@@ -197,14 +202,15 @@ class AutoLayout:
         One jit serves all shapes, for the sake of its fast calls. So the first program that is planned decides, and one
         that would rather do without decides against them for good.
         """
-        self._options = options
+        self._compiler_options = options
         self._entry: Any = self._jitted()
         self._placed: dict[Any, Any] = {}  # others, by the placements of the arguments
 
     def _jitted(self) -> Any:
         jit_keywords = dict(self._tuner.jit_keywords)
-        if self._options:
-            jit_keywords["compiler_options"] = {**(jit_keywords.get("compiler_options") or {}), **self._options}
+        if self._compiler_options:
+            given = jit_keywords.get("compiler_options")
+            jit_keywords["compiler_options"] = with_options(given, self._compiler_options)
         return jax.jit(self._body("entry", decides=True), **jit_keywords)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -323,7 +329,7 @@ class AutoLayout:
                 outer = consts_of(jaxpr)
                 jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
                 concrete = shardings = None
-            choose = (decides or seen is not None) and self._options != {}
+            choose = (decides or seen is not None) and self._compiler_options != {}
             try:
                 executor = None if call is None else call.executor
                 outcome = tuner.tuned(jaxpr, concrete, shardings, context, choose_options=choose, executor=executor)
@@ -331,8 +337,8 @@ class AutoLayout:
                 if decides:
                     raise
                 outcome = postponed(tuner.name, late)
-            if decides and outcome.plan.compiler_options != (self._options or {}):
-                raise _CompileWith(outcome.plan.compiler_options if self._options is None else {})
+            if decides and outcome.plan.compiler_options != (self._compiler_options or {}):
+                raise _CompileWith(outcome.plan.compiler_options if self._compiler_options is None else {})
             if decides or seen is not None:
                 outcome, first = tuner.not_fatal(jaxpr, outcome)
                 if first is not None and seen is None and call is not None and call.run:

@@ -26,7 +26,7 @@ logger = logging.getLogger("jaxlayout")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuringSelector:
     """A `LoweringSelector` that goes by the cost table, and measures what it lacks. Derived convolutions may end up in
     a loop, which lowering does not tell, so their costs are those of a nested computation."""
 

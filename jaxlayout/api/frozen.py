@@ -20,6 +20,7 @@ from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import placement, placements, spans_processes
+from jaxlayout.measure.jobs import with_options
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold
@@ -229,9 +230,9 @@ class Frozen:
         judged = self._tuner.options.policy == "auto" and not spans_processes(shardings or ())
         program = fold(jaxpr, frozen, arrays) if judged else jaxpr
         choose = context == "entry" and not whole
-        written, final = None if program is jaxpr else jaxpr, True
+        original, final = None if program is jaxpr else jaxpr, True
         try:
-            outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, written, choose)
+            outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, original, choose)
             if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
                 program = jaxpr
                 outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, None, choose)
@@ -264,7 +265,7 @@ class Frozen:
         wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
         keywords = {name: self._jit_keywords[name] for name in wanted if name in self._jit_keywords}
         if choose and outcome.plan.compiler_options:
-            keywords["compiler_options"] = keywords.get("compiler_options", {}) | dict(outcome.plan.compiler_options)
+            keywords["compiler_options"] = with_options(keywords.get("compiler_options"), outcome.plan.compiler_options)
         marks = (self._marked(what, args, kwargs, self._count) for what in ("donate", "static"))
         moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
         run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **keywords)

@@ -14,13 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlayout.api.derived import Measured
+from jaxlayout.api.derived import MeasuringSelector
 from jaxlayout.api.processes import agreed, all_take_part
 from jaxlayout.api.wrapped import traced_once
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import of_arguments, spans_processes
-from jaxlayout.measure.jobs import CompilerOptions
+from jaxlayout.measure.jobs import CompilerOptions, with_options
 from jaxlayout.measure.turns import TELL_SECONDS, NoTurn
 from jaxlayout.report import Explanation, explain
 from jaxlayout.runtime._compat import is_array, open_jaxpr
@@ -45,7 +45,7 @@ class Tuner:
         self.source = traced_once(fun, jit_keywords)
         """The function to be traced: once for the same shapes, whoever asks."""
         self.name: str = getattr(fun, "__name__", "function")
-        self._selector = Measured(options)
+        self._selector = MeasuringSelector(options)
         self._lock = threading.Lock()
 
     def is_part(self) -> bool:
@@ -58,7 +58,7 @@ class Tuner:
         """In here what the function calls is part of it. JAX keeps what is traced here apart from what is not."""
         return within("traced") if self.options.policy == "auto" else nullcontext()
 
-    def selector_for(self, outcome: Outcome) -> Measured | None:
+    def selector_for(self, outcome: Outcome) -> MeasuringSelector | None:
         """Who chooses what JAX derives from a program's convolutions: nobody where a policy leaves that alone."""
         left = self.options.policy != "auto" and outcome.source == "none"
         return None if left else self._selector
@@ -86,7 +86,7 @@ class Tuner:
         shardings: Sequence[Any] | None,
         context: Context,
         frozen: Sequence[bool] = (),
-        written: Any = None,
+        original: Any = None,
         choose_options: bool = False,
         executor: Executor | None = None,
     ) -> Outcome:
@@ -111,7 +111,7 @@ class Tuner:
                     choose_options=choose_options,
                     pinned=self.pinned,
                     frozen=frozen,
-                    written=written,
+                    original=original,
                     shardings=shardings or (),
                     executor=executor,
                     progress=progress,
@@ -154,7 +154,7 @@ class Tuner:
         """The explanation of what `tuned` gave, with the settings it had."""
 
         def work(stop: threading.Event) -> Explanation:
-            options = {**(self._compiler_options(context) or {}), **outcome.plan.compiler_options} or None
+            options = with_options(self._compiler_options(context), outcome.plan.compiler_options)
             model = cost_model(self.options, default_device(), context, options)
             divided = of_arguments(jaxpr, shardings or ())
             return explain(

@@ -1,4 +1,8 @@
-"""`jaxlayout`: the command line. One file for each family of commands; JAX is imported where one of them needs it."""
+"""`jaxlayout`: the command line. JAX is imported where a command needs it.
+
+- `tune`, `bench`, `table`, `doctor`: the commands. `base`: what they share; `target`: the function that one is about.
+- `settings`: options as flags; `show`: tables printed; `checks`, `noise`: what `doctor` looks at.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any
 from jaxlayout.cli.noise import Finding, Grade, noise
 
 PREFIXES = ("JAXLAYOUT_", "JAX_", "XLA_", "OMP_", "MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "NPROC", "PJRT_NPROC")
-"""Of environment variables that matter."""
+"""How the names of environment variables that matter begin."""
 
 
 def look_around(seconds: float, table: str) -> Iterator[Finding]:
@@ -37,7 +37,7 @@ def look_around(seconds: float, table: str) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
-    """Of Python and the packages that matter; and whether this jaxlib is known to go wrong."""
+    """The versions of Python and of the packages that matter; and whether this jaxlib is known to go wrong."""
     import jaxlayout
     from jaxlayout.measure.environment import package_version
     from jaxlayout.runtime._compat import KNOWN_BAD
@@ -57,7 +57,7 @@ def versions() -> Iterator[Finding]:
 
 
 def variables(environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Those of the environment that change what is compiled, how it is timed, or jaxlayout's options."""
+    """The environment variables that change what is compiled, how it is timed, or jaxlayout's options."""
     from jaxlayout.tuning.options import Options
 
     variables = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIXES)}

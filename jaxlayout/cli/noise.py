@@ -36,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Of runs of one program that does the same each time."""
+    """How runs of one program, which does the same each time, differ in time."""
 
     median_ns: float
     spread: float
@@ -59,7 +59,7 @@ def noise(seconds: float) -> Finding:
 
 
 def measured_noise(seconds: float) -> Noise:
-    """Of a matrix product of a few milliseconds, for so many seconds and at least nine times."""
+    """The noise of a matrix product of a few milliseconds, run for so many seconds and at least nine times."""
     import jax
     import jax.numpy as jnp
 

@@ -1,4 +1,4 @@
-"""`ConvSignature`: what a convolution computes, free of dimension order and of where it stands."""
+"""`ConvSignature`: what a convolution computes, whatever the orders of its axes."""
 
 from __future__ import annotations
 

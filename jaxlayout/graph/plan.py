@@ -15,7 +15,7 @@ from jaxlayout.layout import Order
 from jaxlayout.runtime.plain_data import check_format, flag, integer, number, optional, shown, text
 
 FORMAT = 4
-"""Of what `to_json` gives. No release wrote an earlier one."""
+"""The number of the form that `to_json` gives. The one before is read, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,9 @@ class Conversion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The modes of all equations that are not left as the user wrote them, by path. Times in nanoseconds,
-    as the additive model has them: convolutions and conversions only."""
+    """The modes of all equations that are not left as the user wrote them, by path, and of all convolutions where there
+    is any such. Times in nanoseconds, as the additive model has them: of convolutions, conversions, and other equations
+    whose time depends on the order."""
 
     choices: Mapping[Path, Mode] = field(default_factory=dict)
     """The mode of each equation that changes, by its path."""

@@ -42,7 +42,7 @@ def local(shape: Sequence[Any], division: Division) -> tuple[Any, ...]:
 
 
 def of_sharding(sharding: Any, rank: int) -> Division:
-    """As a sharding says; whole where it is none of a mesh."""
+    """The division that a sharding says; whole where it is none of a mesh."""
     if not isinstance(sharding, NamedSharding):
         return whole(rank)
     sizes = sharding.mesh.shape
@@ -65,7 +65,7 @@ def of_arguments(jaxpr: Any, shardings: Sequence[Any]) -> Mapping[Any, Division]
 
 
 def of_type(aval: Any) -> Division | None:
-    """As the type of a value has it, on a mesh with explicit axes; None elsewhere."""
+    """The division in the type of a value, on a mesh with explicit axes; None elsewhere."""
     sharding = getattr(aval, "sharding", None)
     if not isinstance(sharding, NamedSharding) or AxisType.Explicit not in sharding.mesh.axis_types:
         return None

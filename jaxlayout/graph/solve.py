@@ -19,7 +19,7 @@ from jaxlayout.graph.minsum import Factor, minimise
 from jaxlayout.graph.plan import Conversion, Plan
 from jaxlayout.layout import Order, identity, moves_data
 
-SiteCost = Callable[[Node, Mode], float]
+NodeCost = Callable[[Node, Mode], float]
 """Nanoseconds of a convolution, or of other work that depends on the order, in one of its modes; inf where it may
 not be chosen (the first always may)."""
 ConversionCost = Callable[[Sequence[int], Any, Order, Order], float]
@@ -30,12 +30,12 @@ RELUCTANCE = 1.0
 """Nanoseconds charged for a mode that is not what the user wrote: what gains nothing stays as it is."""
 
 
-def solve(graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost) -> Plan:
+def solve(graph: LayoutGraph, node_ns: NodeCost, conversion_ns: ConversionCost) -> Plan:
     """The plan of least cost under the additive model, with its lower bound."""
-    problem = _Problem(graph, site_ns, conversion_ns)
+    problem = _Problem(graph, node_ns, conversion_ns)
     solution = minimise([len(node.modes) for node in graph.nodes] + problem.sets, problem.factors)
     modes = [node.modes[i] for node, i in zip(graph.nodes, solution.assignment, strict=False)]
-    changed = sum(mode is not node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True))
+    changed = sum(mode != node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True))
     return replace(
         plan_of(graph, modes),
         predicted_ns=solution.cost - RELUCTANCE * changed,
@@ -53,12 +53,12 @@ def plan_of(graph: LayoutGraph, modes: Sequence[Mode]) -> Plan:
 class _Problem:
     """The tables: variables are the nodes' modes, then for each shared value the set of orders it exists in."""
 
-    def __init__(self, graph: LayoutGraph, site_ns: SiteCost, conversion_ns: ConversionCost):
-        self.graph, self.site_ns, self.conversion_ns = graph, site_ns, cache(conversion_ns)
+    def __init__(self, graph: LayoutGraph, node_ns: NodeCost, conversion_ns: ConversionCost):
+        self.graph, self.node_ns, self.conversion_ns = graph, node_ns, cache(conversion_ns)
         self.sets: list[int] = []
         self.factors: list[Factor] = []
         for i, node in enumerate(graph.nodes):
-            costs = [self.mode_ns(node, mode) + RELUCTANCE * (mode is not node.modes[0]) for mode in node.modes]
+            costs = [self.mode_ns(node, mode) + RELUCTANCE * (mode != node.modes[0]) for mode in node.modes]
             self.factors.append(Factor((i,), np.array(costs)))
         producers, consumers = wiring(graph)
         for value, (producer, slot) in producers.items():
@@ -77,8 +77,8 @@ class _Problem:
     def mode_ns(self, node: Node, mode: Mode) -> float:
         """What a node costs in itself: the time of what depends on the order, the move of a transpose that stays."""
         if node.conv is not None or node.work is not None:
-            return node.times * self.site_ns(node, mode)
-        if node.moved is not None and mode is node.modes[0]:
+            return node.times * self.node_ns(node, mode)
+        if node.moved is not None and mode == node.modes[0]:
             return self.ns(node.results[0], node.moved, mode.results[0])
         return 0.0
 
@@ -131,7 +131,7 @@ def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, 
     found = [
         Conversion(described.shape, str(described.dtype), node.moved, mode.results[0], node.path, node.times)
         for node, mode in zip(graph.nodes, modes, strict=True)
-        if node.moved is not None and mode is node.modes[0] and node.results[0] not in graph.invariant
+        if node.moved is not None and mode == node.modes[0] and node.results[0] not in graph.invariant
         for described in (graph.values[node.results[0]],)
         if moves_data(described.shape, node.moved, mode.results[0])
     ]
@@ -153,7 +153,7 @@ def conversions(graph: LayoutGraph, modes: Sequence[Mode]) -> tuple[Conversion, 
 def _choices(graph: LayoutGraph, modes: Sequence[Mode]) -> dict:
     """The modes that are not what the user wrote, and all convolutions where there is any such; that of an equation
     with bodies is put together from its ports."""
-    if all(mode is node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True)):
+    if all(mode == node.modes[0] for node, mode in zip(graph.nodes, modes, strict=True)):
         return {}
     choices = {}
     through: dict = defaultdict(lambda: ({}, {}))
@@ -162,7 +162,7 @@ def _choices(graph: LayoutGraph, modes: Sequence[Mode]) -> dict:
             entering, leaving = through[node.path]
             entering.update(zip(node.port.operands, mode.operands, strict=False))  # then come the bodies' own
             leaving.update(zip(node.port.results, mode.results[len(node.port.invars) :], strict=True))
-        elif mode is not node.modes[0] or node.kind == "site":
+        elif mode != node.modes[0] or node.kind == "site":
             choices[node.path] = mode
     for path, (entering, leaving) in through.items():
         mode = Mode(tuple(o for _, o in sorted(entering.items())), tuple(o for _, o in sorted(leaving.items())))

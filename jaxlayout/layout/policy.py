@@ -56,7 +56,7 @@ class LayoutPolicy:
         return self.last(spatial) if last else ConvDimensionNumbers.channels_first(spatial)
 
     def last(self, spatial: int) -> ConvDimensionNumbers:
-        """Those that are channels last, whether preferred or not."""
+        """The layouts that are channels last, whether preferred or not."""
         images = ConvLayout.channels_last(spatial)
         return ConvDimensionNumbers(images, self.kernel(spatial), images)
 

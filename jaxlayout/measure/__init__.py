@@ -1,4 +1,5 @@
-"""What things cost here. It knows convolutions and transposes, and nothing of graphs and plans.
+"""What things cost here. It knows jobs (a convolution, a transpose, or whatever has
+alternatives), and nothing of graphs and plans.
 
 - `jobs`: candidates compiled, checked against the `reference` and timed against each other.
 - `environment`: everything that can change a time or a number, as one fingerprint.

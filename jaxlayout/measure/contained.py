@@ -128,13 +128,13 @@ class Proofs:
             what = {"conv": conv.to_json(), "candidate": str(candidate)}
         except ValueError as error:
             return failed("failed", f"it cannot be run in a process of its own: {error}")
-        settings = {"compiler_options": self.compiler_options, "relax": self.relax}
+        how = {"compiler_options": self.compiler_options, "relax": self.relax}
         limits = {"memory": available_memory(self.device), "seconds": FORM_SECONDS + conv.macs / SLOWEST}
         with _helper(self.device, self.stop) as helper:
             if why := helper.refusal(candidate.lowering, self.stop):
                 raise NoHelper(why)
             try:
-                answer = helper.ask(what | settings | limits, self.stop)
+                answer = helper.ask(what | how | limits, self.stop)
             except Died as error:
                 return failed("failed", f"in a process of its own it {error}")
             if answer["spent"]:
@@ -279,9 +279,9 @@ def environment_alone(environ: Mapping[str, str]) -> dict[str, str]:
     found = {name: value for name, value in environ.items() if not name.startswith(ALONE)}
     if flags := found.get("XLA_FLAGS"):
         found["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_dump_"))
-    settings = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXLAYOUT_POLICY": "off"}
+    ours = {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false", "JAXLAYOUT_POLICY": "off"}
     paths = [os.fsdecode(path) for path in sys.path if isinstance(path, str | bytes | os.PathLike)]
-    return found | settings | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in paths)}
+    return found | ours | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in paths)}
 
 
 @functools.cache

@@ -62,7 +62,7 @@ LOWERED = (
     "jax_use_rgv3",
     "jax_use_simplified_jaxpr_constants",
 )
-"""Those that change what equations are lowered to, and so what is seen of whole programs."""
+"""JAX's settings that change what equations are lowered to, and so what is seen of whole programs."""
 
 VARIABLES = ("LIBTPU_INIT_ARGS", "NPROC", "NVIDIA_TF32_OVERRIDE", "PJRT_NPROC", "XLA_FLAGS")
 """Environment variables that do: compiler flags, TF32, and the size of XLA:CPU's thread pool."""
@@ -91,7 +91,7 @@ class Environment:
     jaxlib: str
     xla: str
     platform: str
-    """As JAX names it: "cpu", "gpu", "tpu"."""
+    """The platform as JAX names it: "cpu", "gpu", "tpu"."""
     platform_version: str
     plugins: Pairs
     device_kind: str
@@ -102,7 +102,7 @@ class Environment:
     cores: int
     """Cores this process may run on, or fewer where the control group's quota is lower."""
     allocator: str
-    """As `malloc.allocator` says."""
+    """What allocates memory, as `malloc.allocator` says."""
     variables: Pairs
     config: Pairs
 
@@ -142,7 +142,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
         cores=cores(),
         allocator=allocator(),
         variables=_pairs({name: _variable(name) for name in os.environ if _matters(name)}),
-        config=_pairs(options_set(CONFIG)),
+        config=_pairs(config_values(CONFIG)),
     )
     describe(environment.fingerprint, environment.to_json())
     return environment
@@ -150,7 +150,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
 
 def settings() -> dict[str, Any]:
     """JAX's options that change numbers or compiled code, as this thread sees them."""
-    return {name: value for name, value in options_set(CONFIG).items() if value is not None}
+    return {name: value for name, value in config_values(CONFIG).items() if value is not None}
 
 
 def _pairs(mapping: Mapping[str, object]) -> Pairs:
@@ -158,7 +158,7 @@ def _pairs(mapping: Mapping[str, object]) -> Pairs:
     return tuple((str(name), str(mapping[name])) for name in sorted(mapping) if mapping[name] not in (None, ""))
 
 
-def options_set(names: Sequence[str]) -> dict[str, Any]:
+def config_values(names: Sequence[str]) -> dict[str, Any]:
     """JAX options as this thread sees them; None where this JAX lacks one."""
     values = jax.config.values
     return {name: values.get(name) for name in names}
@@ -184,7 +184,7 @@ def _variable(name: str) -> str | None:
 
 @functools.cache
 def package_version(name: str) -> str | None:
-    """Of an installed package, or None."""
+    """The version of an installed package, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -2,7 +2,8 @@
 reference, and timed one after another in interleaved rounds; what cannot win is dropped early, or never
 compiled. A candidate that fails is a record, never an exception.
 
-It knows nothing of graphs and plans: a job is a convolution or a transpose with its alternatives.
+It knows nothing of graphs and plans. A job is one thing to compute, with its alternatives: a convolution, a transpose,
+or another equation in several orders (`tuning.work`).
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ MIN_SAMPLE_NS = 200_000
 """A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
 
 CompilerOptions = dict[str, Any] | None
-"""As `jax.jit` takes them."""
+"""Compiler options as `jax.jit` takes them."""
 Prove = Callable[[ConvSignature, Candidate], Measurement]
 """What came of a form that may crash in a process of its own; where that is "ok" it may run here."""
 
@@ -84,13 +85,18 @@ class Job:
     """The error allowed, given that of the one written, which may be wrong itself."""
     context: Context = "entry"
     orders: Callable[[str], Any] | None = None
-    """Those of an alternative, where what it does is known. What has been measured in them stands for any other."""
+    """The orders of an alternative, where what it does is known. What was measured in them stands for any other."""
     work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
     """The least that an alternative does: multiply-adds in float32, and bytes."""
     form: Callable[[str], tuple[ConvSignature, Candidate] | None] = lambda name: None
-    """Of an alternative that may crash, what has to be seen to run elsewhere before it is compiled here."""
+    """The form of an alternative that may crash: what has to be seen to run elsewhere before it is compiled here."""
     make: Callable[[], Job] | None = None
     """Makes the same job in another process; None where that cannot be."""
+
+
+def with_options(given: CompilerOptions, more: Mapping[str, Any] | None) -> CompilerOptions:
+    """Compiler options and some more, which win."""
+    return {**(given or {}), **(more or {})} or None
 
 
 def candidate_id(candidate: Candidate) -> str:
@@ -321,7 +327,7 @@ class _Trials:
         return self.on_device[key]
 
     def proved(self, names: Iterable[str], prove: Prove | None) -> Iterator[str]:
-        """Those alternatives that may run here."""
+        """The alternatives that may run here."""
         for name in names:
             if (form := self.job.form(name)) is not None:
                 self.turns.pause()
@@ -396,7 +402,7 @@ class _Trials:
         return [name for name in alternatives if each[orders(name)] == name]
 
     def left(self) -> Iterable[str]:
-        """Those of the others that may still win."""
+        """The others that may still win."""
         left = [name for name in self.job.alternatives if name not in {*self.running, *self.known, *self.same}]
         if not left or self.peaks is None or self.job.orders is None:
             return left

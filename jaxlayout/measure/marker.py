@@ -24,7 +24,7 @@ except ImportError:  # Windows
 logger = logging.getLogger("jaxlayout")
 
 FORMAT = 1
-"""Of what is in it."""
+"""The number of the form of what is in it."""
 MAX_TEXT = 1000
 
 

@@ -39,7 +39,7 @@ logger = logging.getLogger("jaxlayout")
 
 POLL_SECONDS = 0.02
 TELL_SECONDS = 5.0
-"""Who waits longer is told."""
+"""Seconds. Who waits longer is told for whom."""
 DRAWING, TIMING, TICKETS = 0, 1, 64
 """Bytes to lock: to draw a ticket, while timing, and the first ticket."""
 HOLDER = 8

@@ -244,7 +244,7 @@ class _Contraction:
             self.settle(node, reads)
         elif node.kind == "barrier" and any(len(self.graph.values[v].shape) > 1 for v in node.results):
             self.settle(node, frozenset([self.add("barrier", node, reads, mode)]))
-        elif node.moved is not None and mode is node.modes[0] and self.flow.cost(node, mode) > 0:
+        elif node.moved is not None and mode == node.modes[0] and self.flow.cost(node, mode) > 0:
             self.settle(node, frozenset([self.add("transpose", node, reads, mode)]))
         elif node.work is not None:
             self.settle(node, frozenset([self.add("equation", node, reads, mode)]))

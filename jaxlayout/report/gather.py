@@ -170,7 +170,7 @@ class _Gathered:
 
     def cost(self, node: Node, mode: Mode) -> float:
         """What a step takes each time that it runs, in nanoseconds; 0 where nobody knows."""
-        if node.moved is not None and mode is node.modes[0]:
+        if node.moved is not None and mode == node.modes[0]:
             return self.conversion_ns(node.results[0], node.moved, mode.results[0])
         if node.conv is not None and mode.candidate is not None:
             seen = self.model.measurement(node.conv, mode.candidate)

@@ -49,7 +49,7 @@ class SiteFacts:
     scope: str
     """The name scopes that it stands in: a Flax module's path, `transpose(jvp(...))` of a derivative."""
     kind: str
-    """As "depthwise 3x3 stride 2"."""
+    """The sort of convolution in a few words: "depthwise 3x3 stride 2"."""
     lhs: tuple[int, ...]
     rhs: tuple[int, ...]
     out: tuple[int, ...]

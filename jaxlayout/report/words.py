@@ -73,6 +73,7 @@ def why_nothing(facts: Facts) -> str:
         "time": f"the rewritten function was not faster as a whole ({verdict.reason})",
         "numbers": f"the numbers of the rewritten function differ too much ({verdict.reason})",
         "memory": f"the rewritten function needs too much memory ({verdict.reason})",
+        "collectives": f"the devices of the rewritten function exchange more ({verdict.reason})",
         "failure": f"the rewritten function does not run ({verdict.reason})",
     }
     if verdict.cause in because:

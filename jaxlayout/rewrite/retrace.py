@@ -1,4 +1,6 @@
 """The interpreter: a program under a plan, with explicit transposes exactly where the plan has conversions.
+It reads the plan's choices only: where the orders of a value differ between who makes it and who reads it a transpose
+is put in, and those are the plan's conversions (`tests/test_retrace.py`).
 
 Every equation is bound in sequence, in its own name scope and source line, so effects happen as often and in
 the order they did. A value is converted at most once to each order in the jaxpr that it lives in.
@@ -13,6 +15,7 @@ from jax.extend.core import Literal, jaxprs_in_params
 from jax.extend.core import primitives as p
 
 from jaxlayout.convs.lowering import rereads
+from jaxlayout.convs.lowerings.materialised import materialised
 from jaxlayout.convs.primitive import CONVOLUTIONS, LoweringSelector, conv_params, tuned_conv
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.plan import Plan
@@ -103,7 +106,7 @@ class _Interpreter:
                 raise misfit(eqn, path, "is not a convolution")
             numbers = {"dimension_numbers": mode.candidate.dims.to_lax()}
             materialises = costly and self.may_materialise(arrays[0], mode.candidate.lowering)
-            name = f"materialised/{mode.candidate.lowering}" if materialises else mode.candidate.lowering
+            name = materialised(mode.candidate.lowering) if materialises else mode.candidate.lowering
             outs = self.convolution(arrays, conv_params(eqn.params) | numbers, lowering=name)
         elif eqn.primitive in CONVOLUTIONS and self.selector is not None:
             outs = self.convolution(arrays, {"lowering": "xla"} | eqn.params)

@@ -31,7 +31,7 @@ class Paired:
 
     @classmethod
     def of(cls, times: Sequence[tuple[float, float]]) -> Paired:
-        """Of nanoseconds, pair by pair, of which there are two at least."""
+        """The medians of pairs of nanoseconds; there are two pairs at least."""
         ratios = [a / b for a, b in times]
         low, _, high = statistics.quantiles(ratios, n=4)
         return cls(

@@ -26,7 +26,7 @@ class Holding:
 
     env: str
     environment: Mapping[str, Any] | None
-    """As `Environment.to_json` gave it; None where the table does not say."""
+    """What `Environment.to_json` gave; None where the table does not say."""
     written: float | None
     """When a process last began to write to it, in Unix seconds."""
     signatures: int

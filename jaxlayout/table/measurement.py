@@ -12,7 +12,7 @@ MEASURING = 1
 """How times are taken, as a number: raised by hand when that changes (what is timed around a candidate, what an
 equation's job does), so that earlier measurements are not found. Lowerings and rules have versions of their own."""
 FORMAT = 1
-"""Of what `to_json` gives."""
+"""The number of the form that `to_json` gives."""
 MAX_NS = 86_400e9
 """Longest time that is believed, in nanoseconds: one application taking a day is a broken record."""
 MAX_RUNS = 10**9

@@ -43,7 +43,7 @@ REPAIR_SECONDS = 30.0
 ENVIRONMENT = "environment"
 """Among an environment's plans, in place of a function: what the environment is, and when it was last written to."""
 ENVIRONMENT_FORMAT = 1
-"""Of what is told there."""
+"""The number of the form in which an environment is described."""
 
 FORMAT = "jaxlayout cost table"
 """What the first line of an exported file says it is."""

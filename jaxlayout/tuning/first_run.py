@@ -36,8 +36,8 @@ class FirstRun:
 
     @classmethod
     def of(cls, jaxpr: Any, plan: Plan, proofs: Callable[[], Proofs]) -> FirstRun | None:
-        """Of a program under a plan. None where it has returned here before, or nothing of the plan may crash; then
-        nobody asks for the proofs."""
+        """The first run of a program under a plan. None where it has returned here before, or nothing of the plan may
+        crash; then nobody asks for the proofs."""
         if not needs_proof(plan):
             return None
         first = cls(jaxpr, plan, proofs())

@@ -72,7 +72,7 @@ def _plan(graph: LayoutGraph, policy: LayoutPolicy) -> Plan:
     # More than all conversions that could be made for the sake of one convolution.
     far = 10 * (len(graph.nodes) + sum(value.times * policy.conversion_ns(value.nbytes) for value in graph.values))
 
-    def site_ns(node: Node, mode: Mode) -> float:
+    def node_ns(node: Node, mode: Mode) -> float:
         if node.conv is None or mode.candidate is None or len(node.modes) == 1:
             return 0.0
         last = mode.candidate.dims in channels_last(node.conv, policy)
@@ -81,7 +81,7 @@ def _plan(graph: LayoutGraph, policy: LayoutPolicy) -> Plan:
     def conversion_ns(shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> float:
         return policy.conversion_ns(math.prod(shape) * getattr(dtype, "itemsize", 8))
 
-    plan = solve(graph, site_ns, conversion_ns)
+    plan = solve(graph, node_ns, conversion_ns)
     return replace(plan, predicted_ns=0.0, written_ns=0.0, bound_ns=0.0)  # none of that was time
 
 

@@ -57,6 +57,8 @@ class CostModel:
     most: Mapping[str, float] = field(default_factory=dict)
     """Bytes of temporary memory that a convolution may take, by signature key, where not just any."""
     _known: dict[str, dict[str, Measurement]] = field(default_factory=dict)
+    """What has been read from the table, by signature key. Models made of one another by `replace` have one: what one
+    records the others know."""
 
     def known(self, key: str) -> dict[str, Measurement]:
         """The measurements of a signature or transpose, by candidate id."""

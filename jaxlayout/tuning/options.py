@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, Self
 
 
@@ -66,6 +66,16 @@ class Options:
                 except ValueError as error:
                     raise ValueError(f"{variable}={text!r}: {error}") from None
         return cls(**values, **given)
+
+
+_DECIDES_ALIKE = {"policy", "on_miss", "time_budget", "lock_timeout", "table"}
+"""What may differ between who stores a plan and who takes it."""
+
+
+def that_decide(options: Options) -> dict[str, Any]:
+    """The options on which it depends what is decided of a program: a stored plan holds under the same values of them
+    alone. A new option is one of these unless `_DECIDES_ALIKE` says otherwise."""
+    return {field.name: getattr(options, field.name) for field in fields(options) if field.name not in _DECIDES_ALIKE}
 
 
 _LEAST = {"memory_limit": 1.0}

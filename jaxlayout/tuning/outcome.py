@@ -13,7 +13,7 @@ from jaxlayout.verify.accept import Verdict
 logger = logging.getLogger("jaxlayout")
 
 FORMAT = 1
-"""Of what `to_json` gives, the verdict in it included; the plan has its own."""
+"""The number of the form that `to_json` gives, the verdict in it included; the plan has its own."""
 SOURCES = ("measured", "stored", "pinned", "nearest", "heuristic", "forced", "none")
 
 

@@ -19,6 +19,7 @@ import jax
 from jaxlayout import __version__
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowerings, may_crash
+from jaxlayout.convs.lowerings.materialised import is_materialised
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
 from jaxlayout.graph.build import LayoutGraph, Path, build_graph
@@ -30,8 +31,8 @@ from jaxlayout.graph.solve import solve
 from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import LayoutPolicy
 from jaxlayout.measure.contained import Proofs
-from jaxlayout.measure.environment import LOWERED, Environment, current_environment, options_set
-from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure
+from jaxlayout.measure.environment import LOWERED, Environment, config_values, current_environment
+from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure, with_options
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.remote import Request, measure_elsewhere
 from jaxlayout.measure.turns import NoTurn, Turns
@@ -45,7 +46,7 @@ from jaxlayout.tuning.budget import process_budget
 from jaxlayout.tuning.forced import force
 from jaxlayout.tuning.memory_search import within_memory
 from jaxlayout.tuning.model import CostModel, compiled_with, cost_model
-from jaxlayout.tuning.options import Options
+from jaxlayout.tuning.options import Options, that_decide
 from jaxlayout.tuning.outcome import Outcome, untouched
 from jaxlayout.tuning.proofs import check_runs
 from jaxlayout.tuning.request import TuningRequest
@@ -77,7 +78,7 @@ def decide(
     choose_options: bool = False,
     pinned: Plan | None = None,
     frozen: Sequence[bool] = (),
-    written: Any = None,
+    original: Any = None,
     shardings: Sequence[Any] = (),
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -87,8 +88,8 @@ def decide(
     """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
 
     `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
-    if any: what depends on them alone is done once, and judged so. `written`: the program of the same arguments to hold
-    it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
+    if any: what depends on them alone is done once, and judged so. `original`: the program of the same arguments to
+    hold it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
     `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
     A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
     elsewhere. `waited`: seconds that the call has waited for others already. Raises TableMiss if asked to, ValueError
@@ -106,7 +107,7 @@ def decide(
         _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
         check_runs(jaxpr, pinned, lambda: proofs_of(options, compiler_options, pinned.compiler_options, stop))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
-        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=written is not None)
+        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=original is not None)
     if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
         return untouched("it has no convolution")
     try:
@@ -120,7 +121,7 @@ def decide(
             compiler_options=compiler_options,
             choose_options=choose_options,
             frozen=frozen,
-            original=jaxpr if written is None else written,
+            original=jaxpr if original is None else original,
             shardings=shardings if args is None else [getattr(x, "sharding", None) for x in args],
             executor=executor,
             progress=progress,
@@ -174,7 +175,13 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
 
 
 class Pipeline:
-    """One run of the stages; what several of them need."""
+    """One run of the stages, and what several of them need. They stand in loops:
+
+    run:                          under the compiler options given, then `under` others
+      within_memory:              again with a price on memory, while the program takes more than it may
+        solve_measured:           solve, have the conversions of the plan measured, until all of them have been
+        judge:                    the program under the plan against the original
+    """
 
     def __init__(
         self, request: TuningRequest, extra: Mapping[str, str] = MappingProxyType({}), without: Pipeline | None = None
@@ -184,7 +191,7 @@ class Pipeline:
         self.jaxpr, self.options = request.jaxpr, request.options
         self.context: Context = request.context
         self.frozen, self.progress, self.stop = request.frozen, request.progress, request.stop
-        self.compiler_options: CompilerOptions = {**(request.compiler_options or {}), **extra} or None
+        self.compiler_options: CompilerOptions = with_options(request.compiler_options, extra)
         self.complete = True
         """Whether all convolutions have been measured."""
         self.device = default_device()
@@ -193,12 +200,12 @@ class Pipeline:
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         # Measurements outlive a release. What is planned from them, and judged, each release does anew.
-        rules = {"jaxlayout": __version__, "rules": ",".join(rule_names()), "numerics": self.options.numerics}
+        rules = {"jaxlayout": __version__, "rules": ",".join(rule_names())}
         compiled = compiled_with(self.compiler_options)
-        choices = {"context": self.context, "memory": self.options.memory_limit, "verdict": self.options.verdict}
-        choices |= {"options": OPTION_SETS if request.choose_options else ""}
+        choices = {"context": self.context, "options": OPTION_SETS if request.choose_options else ""}
+        choices |= that_decide(self.options)
         choices |= {"spans": True} if request.spans else {}
-        lowered = options_set(LOWERED)
+        lowered = config_values(LOWERED)
         environment = current_environment(self.device, versions | rules | choices | compiled | lowered).fingerprint
         self.plans = PlanStore(self.table, environment, self.key, self.options)
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
@@ -264,6 +271,7 @@ class Pipeline:
         return not wanted or candidate in wanted
 
     def run(self) -> Outcome:
+        """What comes of the stages under these compiler options: measured, solved, judged."""
         near = self.plans.nearest()
         graph = self.graph(near)
         missing = self.model.missing_convolutions(graph)
@@ -288,7 +296,7 @@ class Pipeline:
         """An outcome without the largest arrays that its plan has written out before convolutions that read them often;
         None where there are none."""
         convolutions = equations(jax.make_jaxpr(retrace(self.jaxpr, outcome.plan))(*self.request.shapes))
-        found = [eqn for eqn in convolutions if str(eqn.params.get("lowering", "")).startswith("materialised/")]
+        found = [eqn for eqn in convolutions if is_materialised(str(eqn.params.get("lowering", "")))]
         if not found:
             return None
         largest = max(eqn.invars[0].aval.size * eqn.invars[0].aval.dtype.itemsize for eqn in found)

@@ -1,4 +1,4 @@
-"""Of a plan: what in it may crash, and whether that has been seen to run in a process of its own."""
+"""What of a plan may crash, and whether that has been seen to run in a process of its own."""
 
 from __future__ import annotations
 

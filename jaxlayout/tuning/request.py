@@ -28,7 +28,7 @@ class TuningRequest:
     options: Options
     context: Context
     compiler_options: CompilerOptions
-    """Those of the user."""
+    """The user's compiler options."""
     choose_options: bool
     frozen: Sequence[bool]
     original: Any

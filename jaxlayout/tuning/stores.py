@@ -15,7 +15,7 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Path
 from jaxlayout.graph.program import ProgramKey
 from jaxlayout.measure.contained import Proofs, never
-from jaxlayout.measure.jobs import CompilerOptions
+from jaxlayout.measure.jobs import CompilerOptions, with_options
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.table import CostTable
 from jaxlayout.tuning.options import Options
@@ -38,10 +38,11 @@ def proofs_of(
     options: Options, compiler_options: CompilerOptions, extra: Mapping[str, str], stop: threading.Event | None = None
 ) -> Proofs:
     """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
-    compiler_options = {**(compiler_options or {}), **extra} or None
     path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
     table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
-    return Proofs.of(table, default_device(), compiler_options, options.relax, stop.is_set if stop else never)
+    return Proofs.of(
+        table, default_device(), with_options(compiler_options, extra), options.relax, stop.is_set if stop else never
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ LITTLE = 2**28
 """Bytes. A share of what a smaller function needs would be next to nothing: it may need as much more as such a one."""
 TIE_DRAWS = 3
 CAUSES = ("time", "numbers", "memory", "collectives", "failure", "untried")
+"""What a verdict can go by. Read where another plan is tried (`tuning.memory_search`, `tuning.pipeline`), where
+something is frozen (`api.frozen`), and where it is said in words (`report.words`, `cli.tune`)."""
 MAX_REASON = 4000
 """Longest reason kept, in characters: compiler errors can run to megabytes."""
 
@@ -56,9 +58,10 @@ class Verdict:
     """Outputs that differ by more than that, and no more than the original itself moves them where its arguments are
     rounded differently: rounding noise."""
     original_temp: int | None = None
-    """Of the original: temporary memory."""
+    """Bytes of temporary memory that the original needs."""
     tuned_temp: int | None = None
-    """Of the rewritten one: likewise, and what its arguments take more than the original's, where they are prepared."""
+    """Bytes that the rewritten one needs: likewise, and what its arguments take more than the original's, where
+    they are prepared."""
 
     def __post_init__(self) -> None:
         if len(self.reason) > MAX_REASON:

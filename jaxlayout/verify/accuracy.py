@@ -29,10 +29,10 @@ the original itself moves by decides then."""
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Of one value, computed from exact arguments."""
+    """How accurate one value can be, computed from exact arguments."""
 
     eps: float = 0.0
-    """Of the coarsest numbers on the way to it; 0 where nothing is computed."""
+    """The machine epsilon of the coarsest numbers on the way to it; 0 where nothing is computed."""
     summed: float = 0.0
     """Numbers summed on the longest way to it, by convolutions, products and sums, one after the other."""
 

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from jaxlayout.runtime.timing import Paired, Run, in_pairs
 
 ODDS = 30.0
-"""Of a claim against its opposite, for it to be believed: one in so many is wrong, at most. A program may be raced
-twice, the second time with compiler options, and both times together may err one time in twenty."""
+"""The odds of a claim against its opposite, for it to be believed: one in so many is wrong, at most. A program may be
+raced twice, the second time with compiler options, and both times together may err one time in twenty."""
 GAIN = 0.65
 """The share of pairs won that is worth looking for. A function that is 5% faster wins it where samples vary by a
 standard deviation of 9%."""

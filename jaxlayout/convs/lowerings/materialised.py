@@ -11,6 +11,16 @@ from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
 
+def materialised(lowering: str) -> str:
+    """The name of a lowering whose lhs is computed once before."""
+    return f"{Materialised.name}/{lowering}"
+
+
+def is_materialised(lowering: str) -> bool:
+    """Whether a lowering is of that kind."""
+    return lowering.startswith(materialised(""))
+
+
 class Materialised(Composite):
     """The lowering inside, for where lhs is the result of something costly that XLA would fuse with it, and so compute
     anew for each tap. Never a candidate: by itself it computes what the one inside does, in the same time. The

@@ -1,4 +1,8 @@
-"""The table of rules, one per primitive family; importing this package fills it."""
+"""The table of rules, one file for each family of primitives; importing this package fills it.
+
+- `base`: what a rule is, how orders follow from labels, and the table.
+- `elementwise`, `shapes`, `reductions`: primitives that compute. `calls`, `loops`, `sharding`: those that run jaxprs.
+"""
 
 from jaxlayout.graph.rules import calls, elementwise, loops, reductions, shapes, sharding
 from jaxlayout.graph.rules.base import (

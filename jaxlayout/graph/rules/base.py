@@ -88,10 +88,10 @@ class Port:
     """One array on its way into, through or out of the bodies of an equation: these all have one order."""
 
     operands: tuple[int, ...] = ()
-    """Those of the equation's operands, and of its results, that it is."""
+    """Which of the equation's operands, and which of its results, the array is."""
     results: tuple[int, ...] = ()
     invars: tuple[tuple[int, int], ...] = ()
-    """Those of the bodies' own (which body, which of its invars or outvars)."""
+    """Which of the bodies' own it is (which body, which of its invars or outvars)."""
     outvars: tuple[tuple[int, int], ...] = ()
     stacked: bool = False
     """Whether outside it is one array of many, along an axis more that stands first."""
@@ -126,7 +126,7 @@ class RegionRule:
     rebuild: Callable[[Any, Bodies, Sequence[Any], Orders], list[Any]]
     """Make the equation anew: equation, its re-traced bodies, physical operands, orders."""
     version: int = 1
-    """As of a `Rule`."""
+    """Raised with every change of what the rule does; see `Rule`."""
     known: frozenset[str] = frozenset()
     """The parameters that `rebuild` sees to, where it does not bind the equation's own: an equation with others, of a
     later JAX, is a barrier."""
@@ -151,15 +151,15 @@ class RegionRule:
         )
 
 
-_table: dict[Primitive | str, Rule | RegionRule] = {}
+_rules: dict[Primitive | str, Rule | RegionRule] = {}
 
 
 def register_rule(primitive: Primitive | str, rule: Rule | RegionRule) -> None:
     """Teach every later tuning how orders pass through a primitive, or all of a name. ValueError where it has a rule
     already."""
-    if primitive in _table:
+    if primitive in _rules:
         raise ValueError(f"primitive {primitive} has a rule already")
-    _table[primitive] = rule
+    _rules[primitive] = rule
 
 
 @contextmanager
@@ -169,12 +169,12 @@ def registered_rule(primitive: Primitive | str, rule: Rule | RegionRule) -> Iter
     try:
         yield
     finally:
-        del _table[primitive]
+        del _rules[primitive]
 
 
 def rule_for(primitive: Primitive) -> Rule | RegionRule | None:
     """The rule of a primitive, if it has one."""
-    return _table.get(primitive, _table.get(primitive.name))
+    return _rules.get(primitive, _rules.get(primitive.name))
 
 
 def bodies_of(eqn: Any) -> tuple[Body, ...] | None:
@@ -193,7 +193,7 @@ def closed(body: Callable[..., list[Any]], like: Sequence[Any]) -> Any:
 
 def rule_names() -> tuple[str, ...]:
     """The primitives with a rule, and its version, for fingerprints."""
-    return tuple(sorted(f"{primitive}@{rule.version}" for primitive, rule in _table.items()))
+    return tuple(sorted(f"{primitive}@{rule.version}" for primitive, rule in _rules.items()))
 
 
 def is_placed(params: Mapping[str, Any]) -> bool:

@@ -24,14 +24,14 @@ def _axes(eqn) -> Labelling | None:
 
 
 ELEMENTWISE = frozenset(getattr(p, f"{name}_p") for name in _NAMES.split() if hasattr(p, f"{name}_p"))
-"""Those of this JAX: a few exist in one version only."""
+"""The elementwise primitives that this JAX has: a few exist in one version only."""
 
 TRANSCENDENTAL = ELEMENTWISE & {
     p.acos_p, p.acosh_p, p.asin_p, p.asinh_p, p.atan_p, p.atan2_p, p.atanh_p, p.cbrt_p, p.cos_p, p.cosh_p, p.digamma_p,
     p.erf_p, p.erf_inv_p, p.erfc_p, p.exp_p, p.exp2_p, p.expm1_p, p.lgamma_p, p.log_p, p.log1p_p, p.logistic_p, p.pow_p,
     p.sin_p, p.sinh_p, p.tan_p, p.tanh_p,
 }  # fmt: skip
-"""Those that take many instructions for each number."""
+"""Primitives that take many instructions for each number."""
 
 for _primitive in sorted(ELEMENTWISE, key=str):
     register_rule(_primitive, Rule(_axes))
