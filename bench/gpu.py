@@ -32,8 +32,8 @@ from bench.rows import Row, arguments, compared, parsed, write_rows
 from bench.scenarios import Program
 from bench.timing import paired
 from jaxlayout import auto_layout
+from jaxlayout.measure.compiled import program_hash
 from jaxlayout.measure.environment import current_environment
-from jaxlayout.measure.jobs import program_hash
 
 SECONDS = 10.0
 """About how long the pairs of one case may take."""

@@ -33,7 +33,7 @@ from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import count_transposes
 from jaxlayout.graph.solve import solve
-from jaxlayout.measure.jobs import measure
+from jaxlayout.measure.trials import measure
 from jaxlayout.tuning import model
 from jaxlayout.tuning.model import CostModel
 

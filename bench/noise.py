@@ -31,7 +31,7 @@ from bench.rows import Row, arguments, parsed, write_rows
 from bench.timing import CORES, in_turn, machine, middle
 from jaxlayout import Plan, auto_layout
 from jaxlayout.graph.build import LayoutGraph, build_graph
-from jaxlayout.measure.jobs import measure
+from jaxlayout.measure.trials import measure
 from jaxlayout.tuning.model import CostModel
 
 CASES = ("mobilenet_v2", "mobilenet_v2_nchw", "resnet50", "efficientnet_b0", "vae3d_decoder")

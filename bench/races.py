@@ -24,7 +24,7 @@ from jax import lax
 
 from bench.rows import Row, arguments, parsed, write_rows
 from bench.timing import machine
-from jaxlayout.measure.jobs import Compiled, compile_in
+from jaxlayout.measure.compiled import Compiled, compile_in
 from jaxlayout.verify.race import race
 
 STEPS = 100

@@ -38,8 +38,9 @@ from bench.rows import Row, write_rows
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.measure.environment import current_environment
-from jaxlayout.measure.jobs import Job, conv_job, measure, transpose_job
+from jaxlayout.measure.jobs import Job, conv_job, transpose_job
 from jaxlayout.measure.remote import Reply, Request, measure_elsewhere
+from jaxlayout.measure.trials import measure
 from jaxlayout.measure.turns import Turns
 from jaxlayout.runtime.threads import default_device
 

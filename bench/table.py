@@ -29,7 +29,8 @@ from typing import Any
 from bench.rows import Row, write_rows
 from jaxlayout.table.contents import holdings
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.table.table import CostTable, look
+from jaxlayout.table.records import look
+from jaxlayout.table.table import CostTable
 
 ENVIRONMENTS, CANDIDATES, MEASUREMENTS_A_PLAN = 50, 12, 100
 PLAN_BYTES = 20_000

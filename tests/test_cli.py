@@ -37,8 +37,9 @@ from jaxlayout.cli.target import argument, arguments, loaded
 from jaxlayout.cli.tune import has_failed
 from jaxlayout.measure.environment import current_environment
 from jaxlayout.measure.turns import Turns
+from jaxlayout.table.records import look
 from jaxlayout.table.sqlite import SCHEMA_VERSION
-from jaxlayout.table.table import describe, look
+from jaxlayout.table.table import describe
 from jaxlayout.tuning.outcome import untouched
 from jaxlayout.verify.accept import Verdict
 

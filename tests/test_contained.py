@@ -37,10 +37,11 @@ from jaxlayout.graph.program import equations
 from jaxlayout.measure import contained
 from jaxlayout.measure.contained import Died, Helper, NoHelper, Proofs
 from jaxlayout.measure.environment import current_environment, settings
-from jaxlayout.measure.jobs import candidate_id, conv_job, measure
+from jaxlayout.measure.jobs import candidate_id, conv_job
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.remote import Request
-from jaxlayout.table.table import look
+from jaxlayout.measure.trials import measure
+from jaxlayout.table.records import look
 from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.model import CostModel
 

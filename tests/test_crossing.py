@@ -30,8 +30,9 @@ from jaxlayout.cli import checks
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import evaluate, lowerings
 from jaxlayout.graph.program import equations
-from jaxlayout.measure.jobs import conv_job, measure
+from jaxlayout.measure.jobs import conv_job
 from jaxlayout.measure.reference import reference
+from jaxlayout.measure.trials import measure
 from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.forced import channels_last, force
@@ -205,8 +206,8 @@ def test_what_is_wrong_in_its_second_run_is_wrong():
 
 
 def test_what_is_wrong_in_its_second_run_is_wrong_though_it_is_long(monkeypatch):
-    monkeypatch.setattr("jaxlayout.measure.jobs.WARM_NS", 0)
-    monkeypatch.setattr("jaxlayout.measure.jobs.SLOW", 1e9)
+    monkeypatch.setattr("jaxlayout.measure.trials.WARM_NS", 0)
+    monkeypatch.setattr("jaxlayout.measure.trials.SLOW", 1e9)
     runs = itertools.count()
 
     def later(out):

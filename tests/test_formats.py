@@ -20,7 +20,8 @@ from jaxlayout.runtime.plain_data import check_format
 from jaxlayout.table import sqlite
 from jaxlayout.table.contents import holdings
 from jaxlayout.table.measurement import Measurement
-from jaxlayout.table.table import ENVIRONMENT, describe, look
+from jaxlayout.table.records import ENVIRONMENT, look
+from jaxlayout.table.table import describe
 
 # As they were stored before measurements, outcomes, environments, markers and results had a number.
 

@@ -149,15 +149,15 @@ def test_cores(tmp_path, monkeypatch, contents, count):
 
 
 def test_a_candidate_may_take_half_of_what_is_left(monkeypatch):
-    from jaxlayout.measure import jobs
+    from jaxlayout.measure import trials
 
     class Device:
         platform = "cpu"
 
-    monkeypatch.setattr(jobs, "memory_left", lambda: 1000)
-    assert jobs.available_memory(Device) == 500
-    monkeypatch.setattr(jobs, "memory_left", lambda: None)
-    assert jobs.available_memory(Device) is None
+    monkeypatch.setattr(trials, "memory_left", lambda: 1000)
+    assert trials.available_memory(Device) == 500
+    monkeypatch.setattr(trials, "memory_left", lambda: None)
+    assert trials.available_memory(Device) is None
 
 
 def test_here():

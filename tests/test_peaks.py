@@ -16,9 +16,10 @@ from toys import Toy, offer, records
 from jaxlayout import auto_layout
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named, lowerings, registered
-from jaxlayout.measure.jobs import conv_job, measure
+from jaxlayout.measure.jobs import conv_job
 from jaxlayout.measure.peaks import HEADROOM, Peaks
 from jaxlayout.measure.reference import reference
+from jaxlayout.measure.trials import measure
 from jaxlayout.table.measurement import Measurement
 
 look = Peaks.look

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxlayout.measure import jobs
+from jaxlayout.measure import trials
 from jaxlayout.runtime import timing
 from jaxlayout.runtime.timing import Paired, in_pairs, lasting, paired
 from jaxlayout.verify import race
@@ -49,19 +49,19 @@ def clock(monkeypatch):
 
 @pytest.mark.parametrize("slow_at_first", [[], [3e5], [3e5, 9e4], [3e5, 9e4, 6e4, 6e4, 6e4, 6e4]])
 def test_a_candidate_is_timed_as_often_as_it_takes_once_it_is_warm(clock, slow_at_first):
-    trial = jobs._Trial(clock.running(4e6, *slow_at_first, 5e4), None, "")
+    trial = trials.Trial(clock.running(4e6, *slow_at_first, 5e4), None, "")
     trial.warm_up()
     for sample in (trial.first, *[trial.sample] * 3):
         before = clock.ns
         ns = sample()
-        assert clock.ns - before >= jobs.MIN_SAMPLE_NS
-        assert ns * trial.inner >= jobs.MIN_SAMPLE_NS
+        assert clock.ns - before >= trials.MIN_SAMPLE_NS
+        assert ns * trial.inner >= trials.MIN_SAMPLE_NS
     assert trial.inner == 4 and ns == 5e4
 
 
 def test_a_candidate_that_takes_long_is_not_run_twice_for_its_first_sample(clock):
     ran = []
-    trial = jobs._Trial(clock.running(1.5e8, log=ran), None, "")
+    trial = trials.Trial(clock.running(1.5e8, log=ran), None, "")
     trial.warm_up()
     assert trial.first() == 1.5e8 and len(ran) == 1
 

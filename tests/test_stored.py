@@ -20,7 +20,7 @@ from toys import table
 
 from jaxlayout import Options, Outcome, TableWarning, auto_layout
 from jaxlayout.runtime.timing import Paired
-from jaxlayout.table.table import ENVIRONMENT, look
+from jaxlayout.table.records import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify.accept import Verdict
 

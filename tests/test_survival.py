@@ -37,8 +37,8 @@ from toys import Toy, offer
 from jaxlayout import CostTable, Outcome, Plan, TableWarning, auto_layout
 from jaxlayout.convs.lowering import registered
 from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.records import ENVIRONMENT, look
 from jaxlayout.table.sqlite import checksum
-from jaxlayout.table.table import ENVIRONMENT, look
 from jaxlayout.tuning import pipeline, stores
 
 
@@ -62,13 +62,13 @@ from jaxlayout.verify import accept
 from jaxlayout.tuning import pipeline
 from jaxlayout.verify import race
 from jaxlayout.convs import candidates, lowering
-from jaxlayout.measure import jobs
+from jaxlayout.measure import trials
 from jaxlayout.measure.peaks import Peaks
 
 folder, name, role = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 found = lowering.lowerings()
 candidates.lowerings = lambda: {"xla": found["xla"], "tap_dots": found["tap_dots"]}  # enough, and quick
-jobs.CANDIDATE_SECONDS = 0.01
+trials.CANDIDATE_SECONDS = 0.01
 race.MAX_PAIRS = 7
 pipeline.OPTION_SETS = {}
 Peaks.look = lambda peaks: None
@@ -92,7 +92,7 @@ def timed(race):
     return wrapped
 
 
-jobs._race, accept.race = timed(jobs._race), timed(accept.race)
+trials.time_in_rounds, accept.race = timed(trials.time_in_rounds), timed(accept.race)
 record, store = CostTable.record_many, CostTable.store_plan
 
 
@@ -358,7 +358,8 @@ import os, subprocess, sys, warnings
 from pathlib import Path
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.sqlite import checksum
-from jaxlayout.table.table import CostTable, look
+from jaxlayout.table.records import look
+from jaxlayout.table.table import CostTable
 
 folder = Path(sys.argv[1])
 ok = Measurement(status="ok", median_ns=1.5e6, spread_ns=2e3, runs=9, error=1e-7, temp_bytes=4096, program="f00d")
@@ -373,7 +374,7 @@ except Warning as warning:
 unsaved = table.counts()["unsaved"]
 assert unsaved == 1 and len(committed) > 20, (unsaved, len(committed))
 assert len(table.measurements("env", "conv")) == len(committed) + 1
-read = "import sys; from jaxlayout.table.table import look; rows, refused = look(sys.argv[1]); "
+read = "import sys; from jaxlayout.table.records import look; rows, refused = look(sys.argv[1]); "
 read += "print(len(rows['measurements']), len(refused))"
 seen = subprocess.run([sys.executable, "-c", read, folder / "table.sqlite"], capture_output=True, text=True, check=True)
 assert seen.stdout == f"{len(committed)} 0\\n", (seen.stdout, len(committed))

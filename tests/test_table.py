@@ -26,7 +26,8 @@ from tables import OK, damaged_files, filled, finish, measured, start
 from jaxlayout.table import sqlite
 from jaxlayout.table.contents import holdings, places
 from jaxlayout.table.measurement import MAX_DETAIL, MAX_NS, Measurement
-from jaxlayout.table.table import ENVIRONMENT, MAX_LIKE, CostTable, TableWarning, describe, look
+from jaxlayout.table.records import ENVIRONMENT, look
+from jaxlayout.table.table import MAX_LIKE, CostTable, TableWarning, describe
 
 # Measurements
 
@@ -558,7 +559,7 @@ def test_hostile_records_are_refused_one_by_one(tmp_path):
 
 
 def test_a_line_of_any_length_is_refused_alone(path, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxlayout.table.table.MAX_LINE", 1000)
+    monkeypatch.setattr("jaxlayout.table.records.MAX_LINE", 1000)
     filled(path, 2)
     with CostTable(path) as table:
         table.export_json(tmp_path / "table.json")

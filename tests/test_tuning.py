@@ -26,7 +26,7 @@ from made_up import not_asked
 from toys import offer, table
 
 from jaxlayout import TableMiss, auto_layout
-from jaxlayout.measure.jobs import compile_in
+from jaxlayout.measure.compiled import compile_in
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.threads import in_own_thread
 from jaxlayout.runtime.timing import Paired

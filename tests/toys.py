@@ -14,8 +14,8 @@ from jaxlayout import CostTable, Lowering
 from jaxlayout.convs import candidates
 from jaxlayout.convs.lowering import lowerings
 from jaxlayout.layout import ConvDimensionNumbers
-from jaxlayout.measure import jobs
-from jaxlayout.table.table import look
+from jaxlayout.measure import trials
+from jaxlayout.table.records import look
 
 
 class Toy(Lowering):
@@ -60,7 +60,7 @@ def tempt(monkeypatch: pytest.MonkeyPatch) -> None:
         for i, trial in enumerate(trials):  # conversions are raced too, one at a time
             trial.samples = [1e9 if i == 0 and len(trials) > 1 else 1e3] * 9
 
-    monkeypatch.setattr(jobs, "_race", race)
+    monkeypatch.setattr(trials, "time_in_rounds", race)
 
 
 def table() -> CostTable:

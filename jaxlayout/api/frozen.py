@@ -20,7 +20,7 @@ from jaxlayout.convs.elsewhere import known_elsewhere
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import placement, placements, spans_processes
-from jaxlayout.measure.jobs import with_options
+from jaxlayout.measure.compiled import with_options
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.report import Explanation
 from jaxlayout.rewrite.fold import fold

@@ -20,7 +20,7 @@ from jaxlayout.api.wrapped import traced_once
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.shards import of_arguments, spans_processes
-from jaxlayout.measure.jobs import CompilerOptions, with_options
+from jaxlayout.measure.compiled import CompilerOptions, with_options
 from jaxlayout.measure.turns import TELL_SECONDS, NoTurn
 from jaxlayout.report import Explanation, explain
 from jaxlayout.runtime._compat import is_array, open_jaxpr

@@ -91,8 +91,8 @@ def memory() -> Finding:
 def table_file(path: Path) -> Iterator[Finding]:
     """The cost table's file, without opening it as ours: nothing is repaired, or set aside."""
     from jaxlayout.table.contents import holdings
+    from jaxlayout.table.records import look
     from jaxlayout.table.sqlite import on_network
-    from jaxlayout.table.table import look
 
     if str(path) == ":memory:":
         yield Finding("table", "note", "in memory only", "Each process measures for itself.")
@@ -160,7 +160,8 @@ def padding() -> Finding:
     from jaxlayout.convs.candidates import Candidate
     from jaxlayout.convs.signature import ConvSignature
     from jaxlayout.layout import ConvDimensionNumbers
-    from jaxlayout.measure.jobs import conv_job, measure
+    from jaxlayout.measure.jobs import conv_job
+    from jaxlayout.measure.trials import measure
 
     conv = ConvSignature(
         batch=2,

@@ -15,8 +15,9 @@ from jaxlayout.cli.base import Failure, milliseconds, print_json, print_text
 from jaxlayout.cli.settings import options_of
 from jaxlayout.table.contents import Holding, holdings, places
 from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.records import look
 from jaxlayout.table.sqlite import file_at
-from jaxlayout.table.table import default_path, look
+from jaxlayout.table.table import default_path
 
 SHOW = """\
 example:

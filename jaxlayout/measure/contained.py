@@ -30,8 +30,10 @@ from typing import Any
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named, may_crash, not_importable
 from jaxlayout.convs.signature import ConvSignature
+from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.measure.environment import current_environment, settings
-from jaxlayout.measure.jobs import CompilerOptions, available_memory, candidate_id
+from jaxlayout.measure.jobs import candidate_id
+from jaxlayout.measure.trials import available_memory
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import Measurement, failed
 from jaxlayout.table.table import CostTable

@@ -35,8 +35,9 @@ from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import lowering_named, lowerings, register_lowering
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
+from jaxlayout.measure.compiled import CompilerOptions, compile_in, program_hash
 from jaxlayout.measure.environment import current_environment, settings
-from jaxlayout.measure.jobs import CompilerOptions, candidate_id, compile_in, conv_job, program_hash
+from jaxlayout.measure.jobs import candidate_id, conv_job
 from jaxlayout.runtime.malloc import NANS, amid, keep_freed_memory
 from jaxlayout.runtime.timing import timed_call
 from jaxlayout.table.measurement import Measurement, failed

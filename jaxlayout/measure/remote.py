@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 
+from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.measure.contained import Proofs
 from jaxlayout.measure.environment import Environment, current_environment
-from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, measure
+from jaxlayout.measure.jobs import Job
+from jaxlayout.measure.trials import available_memory, measure
 from jaxlayout.runtime.settings import for_tuning, under
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.table import CostTable

@@ -14,6 +14,8 @@ import jax
 
 Run = Callable[[], Any]
 
+WARM_NS = 1e8
+"""A run that takes so long takes as long the first time."""
 PAIRED_NS = 2e7
 """How long the samples of `paired` last, at least."""
 

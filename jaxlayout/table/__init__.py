@@ -2,6 +2,6 @@
 
 - `measurement`: one candidate timed once; a plain value that can be stored, shown and refused.
 - `table`: the records and plans, in one SQLite file.
-- `sqlite`: that file.
+- `sqlite`: that file. `records`: what is in it, or in an exported one, checked before it is taken.
 - `contents`: what is in it, counted by environment.
 """

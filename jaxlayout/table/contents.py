@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxlayout.runtime.plain_data import check_format
+from jaxlayout.table.records import ENVIRONMENT, ENVIRONMENT_FORMAT
 from jaxlayout.table.sqlite import Row
-from jaxlayout.table.table import ENVIRONMENT, ENVIRONMENT_FORMAT
 
 KEY_ONLY = ("versions",)
 """Fields of an `Environment` that say how something was compiled or chosen, and not where."""

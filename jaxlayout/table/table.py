@@ -12,9 +12,7 @@ cannot be written is kept for this process, and one `TableWarning` says so.
 """
 
 import contextlib
-import functools
 import itertools
-import json
 import logging
 import os
 import pathlib
@@ -24,31 +22,29 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from jaxlayout.runtime.lock import file_lock, locks_work
-from jaxlayout.runtime.plain_data import number, shown
 from jaxlayout.table import sqlite
 from jaxlayout.table.measurement import Measurement
+from jaxlayout.table.records import (
+    ENVIRONMENT,
+    ENVIRONMENT_FORMAT,
+    FORMAT,
+    compact,
+    exported,
+    measurement_of,
+    mismatch_of,
+    problem_of,
+    stored_in,
+    valid_rows,
+)
 from jaxlayout.table.sqlite import COLUMNS, KEYS, SCHEMA_VERSION, Record, Row
 
-MAX_KEY = 4096
-"""Longest key, in characters."""
-MAX_TEXT = 64 * 2**20
-"""Longest plan, in characters."""
 MAX_LIKE = 32
 """Most plans that `plans_like` returns."""
 REPAIR_SECONDS = 30.0
 """How long to wait for another process that is setting the file aside."""
-ENVIRONMENT = "environment"
-"""Among an environment's plans, in place of a function: what the environment is, and when it was last written to."""
-ENVIRONMENT_FORMAT = 1
-"""The number of the form in which an environment is described."""
-
-FORMAT = "jaxlayout cost table"
-"""What the first line of an exported file says it is."""
-MAX_LINE = 4 * MAX_TEXT
-"""Longest line of one, in characters."""
 UNREADABLE = "cannot be read; what it holds will be measured again"
 
 NOWHERE: Mapping[str, str] = {}
@@ -75,26 +71,6 @@ def describe(env: str, description: Mapping[str, Any]) -> None:
 
 
 _descriptions: dict[str, Mapping[str, Any]] = {}
-
-
-def look(path: str | os.PathLike[str], timeout: float = 5.0) -> tuple[dict[str, list[Row]], list[str]]:
-    """The valid rows of a table's file, "measurements" and "plans", oldest first; and why the others are not.
-
-    It is only read, and may be damaged or in use; SQLite may leave two small files beside it. FileNotFoundError for
-    no such file.
-    """
-    refused: list[str] = []
-    found: dict[str, list[Row]] = {table: [] for table in COLUMNS}
-    for valid in _valid(_stored(path, timeout, refused), refused):
-        for table, rows in valid.items():
-            found[table] += rows
-    return found, refused
-
-
-def _stored(path: str | os.PathLike[str], timeout: float, refused: list[str]) -> Iterator[Record]:
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no cost table at {path}")
-    return sqlite.stored(pathlib.Path(path).absolute(), timeout, refused)
 
 
 class CostTable:
@@ -137,7 +113,7 @@ class CostTable:
     def measurements(self, env: str, signature: str) -> dict[str, Measurement]:
         """What is known of a signature's candidates in an environment: candidate id -> Measurement."""
         rows = self._select("measurements", {"env": env, "signature": signature})
-        return {row[2]: _measurement(row[3]) for row in rows}
+        return {row[2]: measurement_of(row[3]) for row in rows}
 
     def record(self, env: str, signature: str, candidate: str, measurement: Measurement) -> None:
         """Keeps one measurement, in place of an earlier one."""
@@ -145,7 +121,7 @@ class CostTable:
 
     def record_many(self, env: str, signature: str, measurements: Mapping[str, Measurement]) -> None:
         """Keeps measurements of one signature, all or (when the process is killed) none of them."""
-        rows = [(env, signature, candidate, _dumps(m.to_json())) for candidate, m in measurements.items()]
+        rows = [(env, signature, candidate, compact(m.to_json())) for candidate, m in measurements.items()]
         self._write({"measurements": rows, "plans": self._description(env)})
 
     # Plans
@@ -195,7 +171,7 @@ class CostTable:
             try:
                 with temporary.open("w", encoding="utf-8") as file:
                     for line in self._lines(connection):
-                        file.write(_dumps(line) + "\n")
+                        file.write(compact(line) + "\n")
             except OSError as error:  # the file's, not the table's
                 failed.append(error)
             return True
@@ -226,12 +202,13 @@ class CostTable:
         Returns (how many were accepted, why each of the others was refused). Raises OSError for no such file.
         """
         refused: list[str] = []
-        return self._add(_exported(pathlib.Path(path), refused), refused), refused
+        return self._add(exported(pathlib.Path(path), refused), refused), refused
 
     def merge(self, other: str | os.PathLike[str]) -> tuple[int, list[str]]:
-        """Adds the records of another table's file, as `import_json` does. What it does to that file: see `look`."""
+        """Adds the records of another table's file, as `import_json` does. What it does to that file: see
+        `records.look`."""
         refused: list[str] = []
-        return self._add(_stored(other, self._timeout, refused), refused), refused
+        return self._add(stored_in(other, self._timeout, refused), refused), refused
 
     def forget(self, environments: Collection[str]) -> int:
         """Removes all records of some environments, and gives their room back to the file system where nobody else has
@@ -265,7 +242,7 @@ class CostTable:
         if description is None or env in self._described:
             return []
         self._described.add(env)
-        payload = _dumps({"format": ENVIRONMENT_FORMAT, "environment": description, "written": time.time()})
+        payload = compact({"format": ENVIRONMENT_FORMAT, "environment": description, "written": time.time()})
         return [(env, ENVIRONMENT, ENVIRONMENT, "[]", payload)]
 
     def _select(self, table: str, where: Mapping[str, str] = NOWHERE, limit: int | None = None) -> list[Row]:
@@ -294,7 +271,7 @@ class CostTable:
         with contextlib.closing(connection.execute(query, tuple(where.values()))) as cursor:
             for *values, checksum in cursor:
                 row = tuple(values)
-                if problem := _problem(table, row, deep=False) or _mismatch(table, row, checksum):
+                if problem := problem_of(table, row, deep=False) or mismatch_of(table, row, checksum):
                     logger.warning("%s: skipped a record of %s: %s", self.path, table, problem)
                 elif row[: KEYS[table]] not in self._unsaved[table] and _matches(table, row, where):
                     yield row
@@ -303,7 +280,7 @@ class CostTable:
         """Keeps rows that make sense; see `_keep`."""
         sound: dict[str, list[Row]] = {table: [] for table in rows}
         for table, row in [(table, row) for table, those in rows.items() for row in those]:
-            if problem := _problem(table, row):
+            if problem := problem_of(table, row):
                 logger.warning("%s: did not keep a record of %s: %s", self.path, table, problem)
             else:
                 sound[table].append(row)
@@ -328,9 +305,9 @@ class CostTable:
     def _add(self, records: Iterable[Record], refused: list[str]) -> int:
         """Keeps the valid ones of `records`, adds to `refused` why not the others; how many were kept."""
         count = 0
-        for valid in _valid(records, refused):
-            self._keep(valid)
-            count += sum(map(len, valid.values()))
+        for found in valid_rows(records, refused):
+            self._keep(found)
+            count += sum(map(len, found.values()))
         return count
 
     def _run(self, operation: Callable[[sqlite3.Connection], T], default: T, failure: str) -> T:
@@ -416,7 +393,7 @@ class CostTable:
                 self._in_memory, aside = True, self.path
             lost: list[str] = []
             count = 0
-            for kept in _valid(sqlite.stored(aside, self._timeout, lost), lost):
+            for kept in valid_rows(sqlite.stored(aside, self._timeout, lost), lost):
                 # Not in place of what other processes have written to the new file by now.
                 sqlite.insert(self._open(), kept, "IGNORE")
                 count += sum(map(len, kept.values()))
@@ -441,106 +418,12 @@ class CostTable:
             warnings.warn(message, TableWarning, stacklevel=2)
 
 
-def _exported(path: pathlib.Path, refused: list[str]) -> Iterator[Record]:
-    """The records of an exported file; `refused` gets a reason for whatever does not look like one."""
-    for n, value in _json_lines(path, refused):
-        if n == 1:
-            if not isinstance(value, dict) or value.get("format") != FORMAT:
-                refused.append(f"{path} is not an exported cost table")
-                return
-            if (schema := value.get("schema")) != SCHEMA_VERSION:
-                refused.append(f"{path}: its schema is version {shown(schema)}, not {SCHEMA_VERSION}")
-                return
-            continue
-        table = value.get("table") if isinstance(value, dict) else None
-        columns = COLUMNS.get(table, ()) if isinstance(table, str) else ()
-        if isinstance(table, str) and columns and value.keys() == {"table", *columns, "checksum"}:
-            yield f"line {n}", table, tuple(value[name] for name in columns), value["checksum"]
-        else:
-            refused.append(f"line {n}: not a record of {' or '.join(COLUMNS)}")
-
-
-def _json_lines(path: pathlib.Path, refused: list[str]) -> Iterator[tuple[int, Any]]:
-    """The values of a file that has one in each line, by number from 1; `refused` gets why others are none."""
-    # What is no UTF-8 costs its own record, by the checksum.
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for n in itertools.count(1):
-            line = file.readline(MAX_LINE)
-            if not line and n > 1:
-                break
-            whole = line.endswith("\n") or len(line) < MAX_LINE
-            while len(line) == MAX_LINE and not line.endswith("\n"):
-                line = file.readline(MAX_LINE)
-            try:
-                if not whole:
-                    raise ValueError(f"longer than {MAX_LINE} characters")
-                yield n, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                refused.append(f"line {n}: not JSON: {error}")
-                if n == 1:
-                    return
-
-
-def _valid(records: Iterable[Record], refused: list[str]) -> Iterator[dict[str, list[Row]]]:
-    """The valid ones of `records` by table, some at a time; `refused` gets why the others are not."""
-    records = iter(records)
-    while some := list(itertools.islice(records, sqlite.BATCH)):
-        valid: dict[str, list[Row]] = {table: [] for table in COLUMNS}
-        for name, table, row, checksum in some:
-            if problem := _problem(table, row) or _mismatch(table, row, checksum):
-                refused.append(f"{name}: {problem}")
-            else:
-                valid[table].append(row)
-        yield valid
-
-
-def _problem(table: str, row: tuple[object, ...], deep: bool = True) -> str:
-    """Why these values are no record of `table`; "" if they are one. `deep` reads the JSON of plans too."""
-    short = (*COLUMNS[table][: KEYS[table]], "skeleton")
-    for name, value in zip(COLUMNS[table], row, strict=True):
-        most = MAX_KEY if name in short else MAX_TEXT
-        if not isinstance(value, str) or not 0 < len(value) <= most:
-            return f"{name} is not a text of 1 to {most} characters"
-        if name in short and not value.isprintable():  # keys are shown in terminals
-            return f"{name} has characters that cannot be printed"
-    texts = cast(Row, row)
-    try:
-        "".join(texts).encode()  # half a surrogate pair cannot be stored
-        if table == "measurements":
-            _measurement(texts[3])
-        else:
-            sizes = json.loads(texts[3])
-            if not isinstance(sizes, list):
-                return "sizes is not a list of numbers"
-            for size in sizes:
-                number("one of sizes", size)
-            if deep:
-                json.loads(texts[4])
-    except (ValueError, RecursionError) as error:
-        return str(error)
-    return ""
-
-
-@functools.lru_cache(1024)
-def _measurement(text: str) -> Measurement:
-    """Of a record's text. It is checked first and made use of right after: the cache saves the second parsing."""
-    return Measurement.from_json(json.loads(text))
-
-
 def _matches(table: str, row: Row, where: Mapping[str, str]) -> bool:
     return all(row[COLUMNS[table].index(name)] == value for name, value in where.items())
 
 
 def _function(row: Row) -> str:
     return row[1]  # a measurement's signature is never ENVIRONMENT
-
-
-def _mismatch(table: str, row: Row, checksum: object) -> str:
-    return "" if checksum == sqlite.checksum(table, row) else "its checksum does not match"
-
-
-def _dumps(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 # A connection must not be carried into a forked child (https://sqlite.org/howtocorrupt.html). So it is

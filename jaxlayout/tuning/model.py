@@ -19,18 +19,11 @@ from jaxlayout.graph.build import LayoutGraph, Mode, Node, Work
 from jaxlayout.graph.plan import Plan
 from jaxlayout.layout import LayoutPolicy, Order, conversion
 from jaxlayout.layout.order import permuted
+from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.measure.environment import current_environment
-from jaxlayout.measure.jobs import (
-    CompilerOptions,
-    Job,
-    available_memory,
-    candidate_id,
-    coalesced,
-    conv_job,
-    transpose_job,
-    transpose_key,
-)
+from jaxlayout.measure.jobs import Job, candidate_id, coalesced, conv_job, transpose_job, transpose_key
 from jaxlayout.measure.peaks import KEY, Peaks
+from jaxlayout.measure.trials import available_memory
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.table import CostTable
 from jaxlayout.tuning.options import Options

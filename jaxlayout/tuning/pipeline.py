@@ -30,11 +30,13 @@ from jaxlayout.graph.shards import of_arguments
 from jaxlayout.graph.solve import solve
 from jaxlayout.graph.validate import check_plan
 from jaxlayout.layout import LayoutPolicy
+from jaxlayout.measure.compiled import CompilerOptions, with_options
 from jaxlayout.measure.contained import Proofs
 from jaxlayout.measure.environment import LOWERED, Environment, config_values, current_environment
-from jaxlayout.measure.jobs import CompilerOptions, Job, available_memory, candidate_id, measure, with_options
+from jaxlayout.measure.jobs import Job, candidate_id
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.remote import Request, measure_elsewhere
+from jaxlayout.measure.trials import available_memory, measure
 from jaxlayout.measure.turns import NoTurn, Turns
 from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.rewrite.retrace import retrace

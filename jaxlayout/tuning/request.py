@@ -13,7 +13,7 @@ import jax
 from jaxlayout.convs.signature import Context
 from jaxlayout.graph.program import has_effects, needs_real_arguments, runs_host_code
 from jaxlayout.graph.shards import spans_processes
-from jaxlayout.measure.jobs import CompilerOptions
+from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.runtime._compat import is_array, open_jaxpr
 from jaxlayout.runtime.progress import Progress
 from jaxlayout.tuning.options import Options

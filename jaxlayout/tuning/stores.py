@@ -14,8 +14,8 @@ import numpy as np
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.graph.build import Path
 from jaxlayout.graph.program import ProgramKey
+from jaxlayout.measure.compiled import CompilerOptions, with_options
 from jaxlayout.measure.contained import Proofs, never
-from jaxlayout.measure.jobs import CompilerOptions, with_options
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.table import CostTable
 from jaxlayout.tuning.options import Options

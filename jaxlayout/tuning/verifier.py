@@ -12,7 +12,7 @@ import jax
 
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import needs_real_arguments
-from jaxlayout.measure.jobs import Compiled, CompilerOptions, compile_in
+from jaxlayout.measure.compiled import Compiled, CompilerOptions, compile_in
 from jaxlayout.measure.marker import Marker
 from jaxlayout.measure.turns import Turns
 from jaxlayout.rewrite.retrace import retrace

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlayout.measure.jobs import WARM_NS, Compiled
+from jaxlayout.measure.compiled import Compiled
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.runtime.plain_data import flag, integer, number, one_of, optional, shown, text
-from jaxlayout.runtime.timing import timed_call
+from jaxlayout.runtime.timing import WARM_NS, timed_call
 from jaxlayout.verify.accuracy import Accuracy
 from jaxlayout.verify.race import race
 
