@@ -35,7 +35,7 @@ import torch._inductor.config
 
 from bench.models import ALL_MODELS
 from bench.rows import Row, arguments, parsed, write_rows
-from bench.timing import CORES, Contender, in_turn, middle
+from bench.timing import CORES, Contender, in_turn, machine, middle
 from bench.torch_models import TORCH_MODELS, channels_first, check, load
 from jaxlayout import auto_layout
 
@@ -161,8 +161,7 @@ def markdown(rows: list[Row], command: str) -> str:
         )
     ]
     told = "".join(f"{name}={value} " for name in TOLD if (value := os.environ.get(name)))
-    versions = f"jax {jax.__version__}, torch {torch.__version__}, {CORES} cores"
-    where = f"{versions}, weights frozen, `{''.join(told)}{command}`"
+    where = f"{machine()}, torch {torch.__version__}, weights frozen, `{''.join(told)}{command}`"
     return f"{where}\n\n{head}" + "\n".join(lines) + "\n\n" + "\n".join(verdicts) + "\n"
 
 

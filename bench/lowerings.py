@@ -233,8 +233,8 @@ def explained(name: str, conv: ConvSignature, written: Candidate, tuned: AutoLay
     known = sorted(model.known(conv.key).items(), key=lambda item: item[1].median_ns or math.inf)
     lines = [
         f"  {'' if m.median_ns is None else format(m.median_ns / 1e6, '.2f'):>10} ms  {m.status:<6}"
-        f"  error {'' if m.error is None else format(m.error, '.1e'):<7}  {name}{marks.get(name, '')}  {m.detail[:60]}"
-        for name, m in known
+        f"  error {'' if m.error is None else format(m.error, '.1e'):<7}  {one}{marks.get(one, '')}  {m.detail[:60]}"
+        for one, m in known
     ]
     return "\n".join([f"{name}: {conv.key}", *lines])
 

@@ -35,6 +35,7 @@ import numpy as np
 from jax import lax
 
 from bench.rows import Row, write_rows
+from bench.timing import machine
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.measure.environment import current_environment
@@ -205,7 +206,7 @@ def markdown(rows: list[Row]) -> str:
         "All workers are of one machine and time in turn. Those asleep measure nothing: each sleeps for "
         f"{1e3 * ASLEEP:.0f} ms a job, under a lock of its own."
     )
-    return f"jax {jax.__version__}, `python -m bench.remote`. {told}\n\n{head}" + "\n".join(lines) + "\n"
+    return f"{machine()}, `python -m bench.remote`. {told}\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:

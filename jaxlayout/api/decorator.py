@@ -319,9 +319,9 @@ class AutoLayout:
                 return jax.tree.unflatten(out_tree, eval_equations(jaxpr, arrays))
             call: _Call | None = getattr(self._calls, "under_way", None) if context == "entry" else None
             given = None if call is None else call.given(tree, places)
-            shardings = (
-                None if given is None else placements(given, stated_shardings(fun, tuner.jit_keywords, args, kwargs))
-            )
+            shardings = None
+            if given is not None:
+                shardings = placements(given, stated_shardings(fun, tuner.jit_keywords, args, kwargs))
             real = call is not None and given is not None and call.run and all(map(is_real, given))
             concrete = given if real else None
             if any(isinstance(const, Tracer) for const in consts_of(jaxpr)):

@@ -132,13 +132,16 @@ def problem_of(table: str, row: tuple[object, ...], deep: bool = True) -> str:
 
 @functools.lru_cache(1024)
 def measurement_of(text: str) -> Measurement:
-    """Of a record's text. It is checked first and made use of right after: the cache saves the second parsing."""
+    """The measurement that a record's text is. It is checked first and made use of right after: the cache saves
+    the second parsing."""
     return Measurement.from_json(json.loads(text))
 
 
 def mismatch_of(table: str, row: Row, checksum: object) -> str:
+    """Why a checksum is not that of a row; "" if it is."""
     return "" if checksum == sqlite.checksum(table, row) else "its checksum does not match"
 
 
 def compact(value: object) -> str:
+    """The JSON of a value, in its shortest form, with sorted keys."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

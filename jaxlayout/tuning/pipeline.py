@@ -252,17 +252,14 @@ class Pipeline:
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             candidates = self.model.candidates(conv, written, relaxed=self.options.relaxed)
-            candidates = [
-                candidate for candidate in candidates if candidate == written or self.worth(conv, candidate, wanted)
-            ]
-            return [candidate for candidate in candidates if candidate == written or self.offers(candidate.lowering)]
+            return [one for one in candidates if one == written or (self.worth(conv, one, wanted) and self.offers(one))]
 
         invariant = _invariant(self.jaxpr, self.frozen)
         return build_graph(self.jaxpr, enumerate_candidates, self.context, invariant, self.divided)
 
-    def offers(self, lowering: str) -> bool:
-        """Whether it can be seen first that forms of a lowering run, where that has to be."""
-        return not may_crash(lowering) or self.proofs.offers(lowering)
+    def offers(self, candidate: Candidate) -> bool:
+        """Whether it can be seen first that a candidate runs, where that has to be."""
+        return not may_crash(candidate.lowering) or self.proofs.offers(candidate.lowering)
 
     def worth(self, conv: ConvSignature, candidate: Candidate, wanted: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
