@@ -19,7 +19,7 @@ from tables import as_another_process
 
 from jaxlayout.measure.peaks import Peaks
 from jaxlayout.runtime import lock
-from jaxlayout.tuning import pipeline, stores
+from jaxlayout.tuning import pipeline
 from jaxlayout.tuning.budget import Budget
 from jaxlayout.verify.accept import Verdict
 
@@ -44,9 +44,8 @@ def own_table(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     as_another_process(monkeypatch)
-    monkeypatch.setattr(stores, "_provisional", {})
-    monkeypatch.setattr(pipeline, "process_budget", Budget())
-    monkeypatch.setattr(lock, "_told", set())
+    monkeypatch.setattr(pipeline.process_budget, "value", Budget())
+    monkeypatch.setattr(lock, "told", set())
 
 
 @pytest.fixture(autouse=True)

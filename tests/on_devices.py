@@ -131,11 +131,11 @@ def check_placements():
         (auto_layout(net, **small), (HERE[0], jax.ShapeDtypeStruct(X.shape, X.dtype, sharding=ROWS))),
     ):
         KEYS.clear()
-        stores._tables.clear()
+        stores.process_stores.tables.clear()
         assert tuned.outcome(*args).kept
         assert sizes() == {4}, KEYS
     # The same function on one device, and divided: two programs, two plans.
-    stores._tables.clear()
+    stores.process_stores.tables.clear()
     KEYS.clear()
     tuned = auto_layout(net, **small)
     for args in ((PARAMS, X), HERE[:2]):
@@ -276,7 +276,7 @@ def check_the_guard():
     try:
         for hides, cause in ((lambda name: False, "collectives"), (offered, "untried")):
             build.batch_sequential = hides
-            stores._tables.clear()
+            stores.process_stores.tables.clear()
             verdict = auto_layout(gradient, table=":memory:", **OPTIONS).outcome(*args).verdict
             assert verdict.cause == cause, verdict
             assert verdict.kept == (cause == "untried"), verdict

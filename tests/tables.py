@@ -14,6 +14,7 @@ from helpers import ROOT
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.table.table import CostTable
 from jaxlayout.tuning import stores
+from jaxlayout.tuning.stores import Stores
 
 OK = Measurement(status="ok", median_ns=1.5e6, spread_ns=2e3, runs=9, error=1e-7, temp_bytes=4096, program="f00d")
 
@@ -53,10 +54,10 @@ def finish(process: subprocess.Popen[str], line: str = "") -> str:
 
 def as_another_process(patch: pytest.MonkeyPatch, *opened: CostTable) -> None:
     """What tuning finds from here on: files, and no table that this process has open but those given."""
-    patch.setattr(stores, "_tables", {str(table.asked): table for table in opened})
+    patch.setattr(stores, "process_stores", Stores({str(table.asked): table for table in opened}))
 
 
 def close_tables() -> None:
     """Close what tuning has open: all of it is in the file then."""
-    for table in stores._tables.values():
+    for table in stores.process_stores.tables.values():
         table.close()

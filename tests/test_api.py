@@ -450,13 +450,12 @@ def given(monkeypatch):
     calls = []
     real = tuner.decide
 
-    def decide(jaxpr, args, options, **kwargs):
-        calls.append(args)
+    def decide(request):
+        calls.append(args := request.args)
         if args is not None:
-            avals = [v.aval for v in getattr(jaxpr, "jaxpr", jaxpr).invars]
-            assert [(x.shape, x.dtype) for x in args] == [(a.shape, a.dtype) for a in avals]
+            assert [(x.shape, x.dtype) for x in args] == [(a.shape, a.dtype) for a in request.jaxpr.in_avals]
             assert all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in args)
-        return real(jaxpr, args, options, **kwargs)
+        return real(request)
 
     monkeypatch.setattr(tuner, "decide", decide)
     return calls

@@ -162,7 +162,7 @@ from tests.made_up import made_up
 
 pipeline.measure = made_up(lambda name, _: 1e3 if name.startswith("xla") else 1e4)
 devices, real = [], tuner.decide
-tuner.decide = lambda *args, **kwargs: devices.append(jax.config.jax_default_device) or real(*args, **kwargs)
+tuner.decide = lambda request: devices.append(jax.config.jax_default_device) or real(request)
 
 x = np.random.default_rng(0).standard_normal((4, 3, 6, 5)).astype("f")
 k = np.random.default_rng(1).standard_normal((4, 3, 3, 3)).astype("f")

@@ -98,11 +98,11 @@ def test_a_forked_child_has_spent_nothing():
     script = """
 import os
 from jaxlayout.tuning.budget import process_budget
-with process_budget.spender().spending():
+with process_budget.value.spender().spending():
     if (child := os.fork()) == 0:
-        wrong = process_budget.spent() != 0.0
+        wrong = process_budget.value.spent() != 0.0
 if child == 0:
-    os._exit(wrong or process_budget.spent() != 0.0)
-assert os.waitpid(child, 0)[1] == 0 and process_budget.spent() > 0.0
+    os._exit(wrong or process_budget.value.spent() != 0.0)
+assert os.waitpid(child, 0)[1] == 0 and process_budget.value.spent() > 0.0
 """
     python("-c", script, timeout=60)

@@ -67,13 +67,18 @@ def not_here(monkeypatch):
 @pytest.fixture
 def no_helper(monkeypatch):
     """There is none, and none can be started."""
-    monkeypatch.setattr(contained, "_helpers", {})
-    monkeypatch.setattr(contained, "_none", {})
+    monkeypatch.setattr(contained.process_helpers, "value", contained.Helpers())
     monkeypatch.setattr(sys, "executable", "")
 
 
 def helper_pid() -> int:
-    return contained._helpers[os.getpid()].process.pid
+    return the_helper().process.pid
+
+
+def the_helper() -> Helper:
+    helper = contained.process_helpers.value.helper
+    assert helper is not None
+    return helper
 
 
 def is_there(pid: int) -> bool:
@@ -221,7 +226,7 @@ def test_it_ends_with_who_started_it_a_script_on_standard_input_too():
             way = Candidate("sound", ConvDimensionNumbers.channels_last(2))
             found = proofs(signature((2, 6, 6, 4), (3, 3, 4, 8)), way)
         print(found.status)
-        print(contained._helpers[os.getpid()].process.pid, flush=True)
+        print(contained.process_helpers.value.helper.process.pid, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     ran = run_script(script, stdin=True)
@@ -298,7 +303,7 @@ def test_settings_of_jax_hold_there_too(proofs):
         with jax.enable_x64(True), jax.default_matmul_precision("float32"):
             other = Proofs.of(proofs.table, jax.devices()[0], None)
             assert other(CONV, way(planted.Sound)).status == "ok"
-            assert helper_pid() != before and contained._helpers[os.getpid()].config["jax_enable_x64"] is True
+            assert helper_pid() != before and the_helper().config["jax_enable_x64"] is True
         assert other.environment != proofs.environment
 
 

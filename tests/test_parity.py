@@ -497,7 +497,7 @@ def test_it_is_traced_once_inside_another_too():
 
 
 def test_it_is_traced_once_where_there_is_no_turn_to_measure(monkeypatch):
-    def decide(*_: Any, **__: Any) -> Any:
+    def decide(request: Any) -> Any:
         raise NoTurn("somebody is timing")
 
     monkeypatch.setattr(tuner, "decide", decide)

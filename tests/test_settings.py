@@ -4,7 +4,6 @@ the same under it, we do under it what `jax.jit` does, tuning has a value of its
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
@@ -26,7 +25,6 @@ from jaxlayout.measure.environment import CONFIG, LOWERED, current_environment
 from jaxlayout.rewrite.fold import fold
 from jaxlayout.runtime import settings
 from jaxlayout.runtime._compat import surroundings, unspecified_sharding
-from jaxlayout.runtime.progress import Silent
 from jaxlayout.runtime.settings import thread_local, under
 from jaxlayout.runtime.threads import Workers
 from jaxlayout.tuning import pipeline
@@ -432,8 +430,7 @@ def test_plans_are_kept_apart(name, monkeypatch):
     program = jax.make_jaxpr(conv)(X, K)
 
     def place() -> Any:
-        rest = "entry", None, False, (), program, (), None, Silent(), threading.Event()
-        asked = TuningRequest(program, None, Options(), *rest)
+        asked = TuningRequest(jaxpr=program, original=program, options=Options())
         return pipeline.Pipeline(asked).plans.place
 
     before = place()

@@ -277,7 +277,7 @@ def newer(path: Path) -> Iterator[None]:
 def of_another_machine(path: Path) -> Iterator[None]:
     """Whose records, were they believed, would have another order for everything."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxlayout.measure.environment._processor", lambda: ("abacus", "f00d"))
+        patch.setattr("jaxlayout.measure.environment.processor", lambda: ("abacus", "f00d"))
         yield
 
 

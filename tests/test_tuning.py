@@ -110,7 +110,7 @@ def test_heuristics_measure_nothing(monkeypatch, options):
 
 
 def test_a_budget_is_for_the_process(forced, monkeypatch):
-    monkeypatch.setattr(pipeline.process_budget, "spent", lambda: 100.0)
+    monkeypatch.setattr(pipeline.process_budget.value, "spent", lambda: 100.0)
     assert auto_layout(conv, time_budget=99.0).outcome(X, K).source == "heuristic"
     assert forced == []
     assert auto_layout(conv, time_budget=101.0).outcome(X, K).source == "measured"
@@ -127,7 +127,7 @@ def test_waiting_for_a_turn_spends_nothing(forced, monkeypatch):
             now[0] += 1.0
             yield one
 
-    monkeypatch.setattr(pipeline, "process_budget", budget)
+    monkeypatch.setattr(pipeline.process_budget, "value", budget)
     monkeypatch.setattr(pipeline, "measure", measure)
     assert auto_layout(conv, time_budget=300.0).outcome(X, K).source == "measured"
     assert now[0] > 1000.0 and budget.spent() == now[0] % 1000.0 == len(forced)

@@ -26,7 +26,7 @@ needs_fcntl = pytest.mark.skipif(turns.fcntl is None, reason="needs fcntl")
 @pytest.fixture(autouse=True)
 def told_soon(monkeypatch):
     monkeypatch.setattr(turns, "TELL_SECONDS", 0.1)
-    monkeypatch.setattr(turns, "_line", turns._Line())
+    monkeypatch.setattr(turns.process_line, "value", turns.Line())
 
 
 def started(script: str) -> subprocess.Popen[str]:
@@ -245,7 +245,7 @@ def test_threads_stand_in_line_too_and_one_may_come_again():
         assert "another thread" in in_a_thread(lambda: refused(lambda: Turns(0.1).timing().__enter__()))
         for count, thread in enumerate(threads, 2):
             thread.start()
-            while len(turns._line._queue) < count:
+            while len(turns.process_line.value.queue) < count:
                 time.sleep(0.01)
         order.append("first")
     for thread in threads:

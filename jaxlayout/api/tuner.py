@@ -32,6 +32,7 @@ from jaxlayout.tuning.model import cost_model
 from jaxlayout.tuning.options import Options
 from jaxlayout.tuning.outcome import Outcome, untouched
 from jaxlayout.tuning.pipeline import decide
+from jaxlayout.tuning.request import TuningRequest
 from jaxlayout.tuning.stores import proofs_of
 
 logger = logging.getLogger("jaxlayout")
@@ -102,22 +103,23 @@ class Tuner:
 
         def decided(stop: threading.Event) -> Outcome:
             with progress_bar(self.name) as progress:
-                return decide(
-                    jaxpr,
-                    None if args is None or spans else _arrays(jaxpr, args, shardings),
-                    self.options,
+                request = TuningRequest(
+                    jaxpr=jaxpr,
+                    original=jaxpr if original is None else original,
+                    args=None if args is None or spans else _arrays(jaxpr, args, shardings),
+                    shardings=shardings or (),
+                    frozen=frozen,
+                    options=self.options,
                     context=context,
                     compiler_options=self._compiler_options(context),
                     choose_options=choose_options,
                     pinned=self.pinned,
-                    frozen=frozen,
-                    original=original,
-                    shardings=shardings or (),
                     executor=executor,
                     progress=progress,
                     stop=stop,
                     waited=waited,
                 )
+                return decide(request)
 
         # One thread at a time: the next one finds the plan in the table. What an interrupted one has measured is there
         # too: the next call goes on from that.

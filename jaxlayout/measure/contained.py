@@ -34,6 +34,7 @@ from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.measure.environment import current_environment, settings
 from jaxlayout.measure.jobs import candidate_id
 from jaxlayout.measure.trials import available_memory
+from jaxlayout.runtime.process import OfProcess
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import Measurement, failed
 from jaxlayout.table.table import CostTable
@@ -100,7 +101,7 @@ class Proofs:
         if self.device.platform != "cpu":
             return False
         try:
-            with _helper(self.device, self.stop) as helper:
+            with process_helpers.value.one(self.device, self.stop) as helper:
                 return not helper.refusal(name, self.stop)
         except NoHelper:  # it is in the log
             return False
@@ -132,7 +133,7 @@ class Proofs:
             return failed("failed", f"it cannot be run in a process of its own: {error}")
         how = {"compiler_options": self.compiler_options, "relax": self.relax}
         limits = {"memory": available_memory(self.device), "seconds": FORM_SECONDS + conv.macs / SLOWEST}
-        with _helper(self.device, self.stop) as helper:
+        with process_helpers.value.one(self.device, self.stop) as helper:
             if why := helper.refusal(candidate.lowering, self.stop):
                 raise NoHelper(why)
             try:
@@ -296,50 +297,49 @@ def this_machine() -> str:
     return f"{known or uuid.getnode()} {platform.node()}"
 
 
-_turn = threading.Lock()
-_helpers: dict[int, Helper] = {}
-"""By the process that started it: a fork of that has none."""
-_none: dict[str, str] = {}
-"""By settings, why no helper can be had: it is not tried again."""
+class Helpers:
+    """This process's helper, while it has one."""
+
+    def __init__(self) -> None:
+        self.helper: Helper | None = None
+        self.none: dict[str, str] = {}
+        """By settings, why no helper can be had: it is not tried again."""
+        self._turn = threading.Lock()
+
+    @contextlib.contextmanager
+    def one(self, device: Any, stop: Stop) -> Iterator[Helper]:
+        """The helper, for one user at a time; started when there is none, or none that serves. NoHelper where none can
+        be had."""
+        config = settings()
+        while not self._turn.acquire(timeout=POLL_SECONDS):
+            if stop():
+                raise KeyboardInterrupt("interrupted while another thread had a form run in a process of its own")
+        try:
+            if self.helper is not None and (self.helper.config != config or not self.helper.answers(stop)):
+                self.close()
+            if self.helper is None:
+                self.helper = self._started(device, config, stop)
+            yield self.helper
+        finally:
+            self._turn.release()
+
+    def close(self) -> None:
+        """End it, if there is one."""
+        if self.helper is not None:
+            self.helper.close()
+            self.helper = None
+
+    def _started(self, device: Any, config: Mapping[str, Any], stop: Stop) -> Helper:
+        place = json.dumps(config, sort_keys=True)
+        if place in self.none:
+            raise NoHelper(self.none[place])
+        try:
+            return Helper(device, config, stop)
+        except NoHelper as error:
+            self.none[place] = str(error)
+            logger.warning("lowerings that may crash are not offered: %s", error)
+            raise
 
 
-@contextlib.contextmanager
-def _helper(device: Any, stop: Stop) -> Iterator[Helper]:
-    """This process's helper, for one user at a time; started when there is none, or none that serves."""
-    turn, config = _turn, settings()
-    while not turn.acquire(timeout=POLL_SECONDS):
-        if stop():
-            raise KeyboardInterrupt("interrupted while another thread had a form run in a process of its own")
-    try:
-        helper, place = _helpers.get(os.getpid()), json.dumps(config, sort_keys=True)
-        if helper is not None and (helper.config != config or not helper.answers(stop)):
-            helper.close()
-            helper = None
-        if helper is None:
-            if place in _none:
-                raise NoHelper(_none[place])
-            try:
-                helper = _helpers[os.getpid()] = Helper(device, config, stop)
-            except NoHelper as error:
-                _none[place] = str(error)
-                logger.warning("lowerings that may crash are not offered: %s", error)
-                raise
-        yield helper
-    finally:
-        turn.release()
-
-
-def _close() -> None:
-    if (helper := _helpers.get(os.getpid())) is not None:
-        helper.close()
-
-
-def _reset_in_child() -> None:
-    """The threads of the parent are not there any more."""
-    global _turn
-    _turn = threading.Lock()
-
-
-atexit.register(_close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_in_child)
+process_helpers = OfProcess(Helpers)
+atexit.register(lambda: process_helpers.value.close())

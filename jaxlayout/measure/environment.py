@@ -125,7 +125,7 @@ def current_environment(device: Device = None, versions: Mapping[str, object] | 
     are told what its fingerprint stands for.
     """
     device = default_device() if device is None else device
-    model, features = _processor()
+    model, features = processor()
     on_cpu = device.platform == "cpu"
     environment = Environment(
         measuring=MEASURING,
@@ -192,7 +192,7 @@ def package_version(name: str) -> str | None:
 
 
 @functools.cache
-def _processor() -> tuple[str, str]:
+def processor() -> tuple[str, str]:
     """(model in words, hash of all that is known of the cores, which may be of several kinds)."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

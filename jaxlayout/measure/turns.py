@@ -29,6 +29,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 from jaxlayout.runtime.lock import opened, tell_once
+from jaxlayout.runtime.process import OfProcess
 
 try:
     import fcntl
@@ -77,7 +78,7 @@ class Turns:
     def timing(self) -> Iterator[None]:
         """Holds the turn. Re-entrant within a thread. Where files cannot be locked it only excludes the other threads,
         and the log says so."""
-        line = _line  # a forked child gets a new one, and what was entered is what is left
+        line = process_line.value  # a forked child gets a new one, and what was entered is what is left
         if line.owner == threading.get_ident():
             yield
             return
@@ -90,7 +91,7 @@ class Turns:
 
     def pause(self) -> None:
         """Returns when nobody else is timing: to be called before whatever keeps the machine busy."""
-        line = _line
+        line = process_line.value
         if line.owner == threading.get_ident():
             return
         with line.file() as file:
@@ -110,14 +111,14 @@ class _Wait:
 
     def go_on(self, who: Callable[[], str]) -> None:
         """Wait a little. Raises where the waiting has to end. `who`: is waited for."""
-        turns = self._turns
+        turns, line = self._turns, process_line.value
         turns.waited = time.monotonic() - self._start
         if turns.stop.is_set():
             raise NoTurn("interrupted while waiting for a turn to time")
         if turns.waited >= turns.timeout:
-            _line.given_up(turns.timeout)
+            line.given_up(turns.timeout)
             raise NoTurn(f"{who()} was still timing after {turns.timeout:g} s of waiting")
-        if _line.in_vain(turns.timeout):
+        if line.in_vain(turns.timeout):
             raise NoTurn(f"{who()} is timing, and a call has just waited for {turns.timeout:g} s in vain")
         if turns.waited >= TELL_SECONDS and not turns.reported:
             turns.reported = True
@@ -125,7 +126,7 @@ class _Wait:
         time.sleep(min(POLL_SECONDS, turns.timeout - turns.waited))
 
 
-class _Line:
+class Line:
     """The line that this process's threads stand in, and the process's place in the line of processes."""
 
     def __init__(self) -> None:
@@ -133,7 +134,8 @@ class _Line:
         """The thread that is timing."""
         self._vain = 0.0, 0.0
         """Until when who has no more than so many seconds need not wait: that has just been tried."""
-        self._queue: deque[object] = deque()
+        self.queue: deque[object] = deque()
+        """Its threads, the first of them timing or waiting for other processes."""
         self._lock = threading.Lock()
         self._file: int | None = None
         self._users = 0
@@ -160,13 +162,13 @@ class _Line:
     def place(self, wait: _Wait) -> Iterator[None]:
         """The first place among this process's threads."""
         me = object()
-        self._queue.append(me)
+        self.queue.append(me)
         try:
-            while self._queue[0] is not me:
+            while self.queue[0] is not me:
                 wait.go_on(lambda: "another thread of this process")
             yield
         finally:
-            self._queue.remove(me)
+            self.queue.remove(me)
 
     @contextmanager
     def ticket(self, file: int | None, wait: _Wait) -> Iterator[None]:
@@ -239,7 +241,7 @@ class _Line:
         return "another process"
 
 
-_line = _Line()
+process_line = OfProcess(Line)
 
 
 def _locked(file: int, start: int, count: int = 1, *, shared: bool = False) -> bool:
@@ -259,13 +261,3 @@ def _unlock(file: int, start: int, count: int = 0) -> None:
     assert fcntl is not None
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.lockf(file, fcntl.LOCK_UN, count, start)
-
-
-def _reset_in_child() -> None:
-    """A forked child holds nothing: the threads that did are not there any more."""
-    global _line
-    _line = _Line()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_reset_in_child)

@@ -85,14 +85,15 @@ def opened(path: str | os.PathLike[str] | Callable[[], str | os.PathLike[str]]) 
         return None
 
 
+told: set[str] = set()
+"""What this process has been told once."""
+
+
 def tell_once(message: str) -> None:
     """A warning in the log, the first time that it is given in this process."""
-    if message not in _told:
-        _told.add(message)
+    if message not in told:
+        told.add(message)
         logger.warning(message)
-
-
-_told: set[str] = set()
 
 
 def _try_lock(descriptor: int) -> bool:

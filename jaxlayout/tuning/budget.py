@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+from jaxlayout.runtime.process import OfProcess
 
 
 class Budget:
@@ -14,10 +15,6 @@ class Budget:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self.reset()
-
-    def reset(self) -> None:
-        """Nothing is spent, and nobody is spending."""
         self._lock = threading.Lock()
         self._before = self._since = 0.0
         self._active: set[Spender] = set()
@@ -72,7 +69,4 @@ class Spender:
             self._budget._note(self, waiting=-1)
 
 
-process_budget = Budget()
-
-if hasattr(os, "register_at_fork"):  # a child has none of the threads that spend, and has spent nothing itself
-    os.register_at_fork(after_in_child=process_budget.reset)
+process_budget = OfProcess(Budget)

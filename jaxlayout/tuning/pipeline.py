@@ -7,7 +7,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
@@ -41,7 +40,7 @@ from jaxlayout.measure.turns import NoTurn, Turns
 from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.rewrite.retrace import retrace
 from jaxlayout.runtime._compat import open_jaxpr
-from jaxlayout.runtime.progress import Progress, Silent
+from jaxlayout.runtime.progress import Progress
 from jaxlayout.runtime.threads import default_device
 from jaxlayout.table.measurement import Measurement
 from jaxlayout.tuning.budget import process_budget
@@ -70,36 +69,15 @@ class TableMiss(LookupError):
     """The table does not know a convolution, and `on_miss='error'` forbids to measure it."""
 
 
-def decide(
-    jaxpr: Any,
-    args: Sequence[Any] | None,
-    options: Options,
-    *,
-    context: Context = "entry",
-    compiler_options: CompilerOptions = None,
-    choose_options: bool = False,
-    pinned: Plan | None = None,
-    frozen: Sequence[bool] = (),
-    original: Any = None,
-    shardings: Sequence[Any] = (),
-    executor: Executor | None = None,
-    progress: Progress | None = None,
-    stop: threading.Event | None = None,
-    waited: float = 0.0,
-) -> Outcome:
-    """Find the plan of a closed jaxpr, from the table or by measuring, and judge it.
+def decide(request: TuningRequest) -> Outcome:
+    """Find the plan of a program, from the table or by measuring, and judge it.
 
-    `choose_options`: whether the plan may ask for compiler options beside those given. `frozen`: which arguments are,
-    if any: what depends on them alone is done once, and judged so. `original`: the program of the same arguments to
-    hold it against, where it is not the jaxpr itself. `args`: flat arguments to judge it on, or None: made-up ones.
-    `shardings`: of the arguments, where they do not say themselves and it is known (None for those of which it is not).
-    A program that spans several processes is neither compiled nor run here. `executor`: has measurements done
-    elsewhere. `waited`: seconds that the call has waited for others already. Raises TableMiss if asked to, ValueError
+    A program that spans several processes is neither compiled nor run here. Raises TableMiss if asked to, ValueError
     for a pinned plan that does not fit, NoTurn where others timed for too long; whatever else goes wrong leaves the
     program as it is, with the reason. Under the policy 'channels_last' nothing is measured, judged, or asked of the
     table; 'off' wins over a pinned plan.
     """
-    progress, stop, start = progress or Silent(), stop or threading.Event(), time.monotonic()
+    start, jaxpr, options, pinned = time.monotonic(), request.jaxpr, request.options, request.pinned
     if options.policy == "off":
         return untouched("it is switched off: policy 'off'")
     if any(not isinstance(size, int) for v in open_jaxpr(jaxpr).invars for size in getattr(v.aval, "shape", ())):
@@ -107,29 +85,15 @@ def decide(
     if pinned is not None:
         check_plan(jaxpr, pinned)
         _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
-        check_runs(jaxpr, pinned, lambda: proofs_of(options, compiler_options, pinned.compiler_options, stop))
+        extra = pinned.compiler_options
+        check_runs(jaxpr, pinned, lambda: proofs_of(options, request.compiler_options, extra, request.stop))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
-        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=original is not None)
+        return Outcome(plan=pinned, verdict=verdict, source="pinned", folded=request.folded)
     if not any(eqn.primitive in CONVOLUTIONS for eqn in equations(jaxpr)):
         return untouched("it has no convolution")
     try:
         if options.policy == "channels_last":
-            return force(jaxpr, LayoutPolicy.for_device(), context, _invariant(jaxpr, frozen))
-        request = TuningRequest(
-            jaxpr,
-            args,
-            options,
-            context=context,
-            compiler_options=compiler_options,
-            choose_options=choose_options,
-            frozen=frozen,
-            original=jaxpr if original is None else original,
-            shardings=shardings if args is None else [getattr(x, "sharding", None) for x in args],
-            executor=executor,
-            progress=progress,
-            stop=stop,
-            waited=waited,
-        )
+            return force(jaxpr, LayoutPolicy.for_device(), request.context, _invariant(jaxpr, request.frozen))
         pipeline = Pipeline(request)
         if (stored := pipeline.stored()) is not None:
             return stored
@@ -144,8 +108,8 @@ def decide(
             return outcome
         for extra in pipeline.option_sets if pipeline.may_choose(outcome) else ():
             outcome = pipeline.under(extra, outcome)
-        outcome = replace(outcome, seconds=time.monotonic() - start, folded=pipeline.request.folded)
-        if not stop.is_set():
+        outcome = replace(outcome, seconds=time.monotonic() - start, folded=request.folded)
+        if not request.stop.is_set():
             pipeline.plans.store(outcome)
         return outcome
     except (TableMiss, NoTurn, Warning):  # a warning is an exception where the user made it one
@@ -161,7 +125,10 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
     asked to, and NoTurn."""
     if options.policy == "channels_last":
         return force(jaxpr, LayoutPolicy.for_device(), "nested").plan
-    pipeline = Pipeline(TuningRequest(jaxpr, None, options, "nested", None, False, (), jaxpr, (), None, progress, stop))
+    request = TuningRequest(
+        jaxpr=jaxpr, original=jaxpr, options=options, context="nested", progress=progress, stop=stop
+    )
+    pipeline = Pipeline(request)
     graph = pipeline.graph({})
     jobs = pipeline.model.missing_convolutions(graph)
     if pipeline.measure("convolutions", jobs) < len(jobs):
@@ -198,7 +165,7 @@ class Pipeline:
         """Whether all convolutions have been measured."""
         self.device = default_device()
         self.table = open_table(self.options.table)
-        self.divided = of_arguments(self.jaxpr, request.shardings)
+        self.divided = of_arguments(self.jaxpr, request.placed)
         self.key: ProgramKey = program_key(self.jaxpr, self.frozen, self.divided)
         versions = {name: lowering.version for name, lowering in lowerings().items()}
         # Measurements outlive a release. What is planned from them, and judged, each release does anew.
@@ -213,7 +180,7 @@ class Pipeline:
         self.model = cost_model(self.options, self.device, self.context, self.compiler_options)
         self.marker = Marker.of(self.table.asked, environment, self.key.function)
         if without is None:
-            self.spender = process_budget.spender()
+            self.spender = process_budget.value.spender()
             timeout, waiting = self.options.lock_timeout, self.spender.waiting
             self.turns = Turns(timeout, self.stop, waiting=waiting, waited=request.waited)
             self.verifier = Verifier(request, request.compiler_options, self.turns, self.marker)
@@ -403,7 +370,7 @@ class Pipeline:
         )
 
     def out_of_time(self) -> bool:
-        return self.stop.is_set() or process_budget.spent() >= self.options.time_budget
+        return self.stop.is_set() or process_budget.value.spent() >= self.options.time_budget
 
     def judge(self, plan: Plan) -> Verdict:
         """What the verifier says of the program under a plan."""

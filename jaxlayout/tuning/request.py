@@ -5,38 +5,48 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from jaxlayout.convs.signature import Context
+from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import has_effects, needs_real_arguments, runs_host_code
 from jaxlayout.graph.shards import spans_processes
 from jaxlayout.measure.compiled import CompilerOptions
 from jaxlayout.runtime._compat import is_array, open_jaxpr
-from jaxlayout.runtime.progress import Progress
+from jaxlayout.runtime.progress import Progress, Silent
 from jaxlayout.tuning.options import Options
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TuningRequest:
-    """What `decide` is asked (see there), and what follows from that alone."""
+    """A program to be tuned, and how; and what follows from that alone."""
 
     jaxpr: Any
-    args: Sequence[Any] | None
-    options: Options
-    context: Context
-    compiler_options: CompilerOptions
-    """The user's compiler options."""
-    choose_options: bool
-    frozen: Sequence[bool]
+    """The program, a closed jaxpr."""
     original: Any
-    """The closed jaxpr to hold it against."""
-    shardings: Sequence[Any]
-    executor: Executor | None
-    progress: Progress
-    stop: threading.Event
+    """The closed jaxpr of the same arguments to hold it against: often itself."""
+    args: Sequence[Any] | None = None
+    """Flat arguments to judge it on; None: made-up ones."""
+    shardings: Sequence[Any] = ()
+    """Of the arguments, where `args` does not say; None for one of which it is not known."""
+    frozen: Sequence[bool] = ()
+    """Which arguments are, if any: what depends on them alone is done once, and judged so."""
+    options: Options
+    context: Context = "entry"
+    compiler_options: CompilerOptions = None
+    """The user's compiler options."""
+    choose_options: bool = False
+    """Whether the plan may ask for compiler options beside those."""
+    pinned: Plan | None = None
+    """The plan, where the user has one."""
+    executor: Executor | None = None
+    """Has measurements done elsewhere."""
+    progress: Progress = field(default_factory=Silent)
+    stop: threading.Event = field(default_factory=threading.Event)
+    """Set where tuning is to end."""
     waited: float = 0.0
     """Seconds that the call has waited for others already."""
 
@@ -48,7 +58,12 @@ class TuningRequest:
     @property
     def spans(self) -> bool:
         """Whether the arguments are divided among several processes."""
-        return spans_processes(self.shardings)
+        return spans_processes(self.placed)
+
+    @property
+    def placed(self) -> Sequence[Any]:
+        """The shardings of the arguments, as far as they are known."""
+        return self.shardings if self.args is None else [getattr(x, "sharding", None) for x in self.args]
 
     @property
     def shapes(self) -> Sequence[Any]:

@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,15 +23,27 @@ from jaxlayout.tuning.outcome import Outcome
 
 logger = logging.getLogger("jaxlayout")
 
-_tables: dict[str | None, CostTable] = {}
-_provisional: dict[tuple[Any, ...], Outcome] = {}
-"""What was decided without all measurements, since the budget was spent: as good as it gets in this process, and not
-for the table."""
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """What a process holds: its tables, and what is for no table."""
+
+    tables: dict[str | None, CostTable] = field(default_factory=dict)
+    """By the path that was asked for: one each."""
+    provisional: dict[tuple[Any, ...], Outcome] = field(default_factory=dict)
+    """What was decided without all measurements, since the budget was spent: as good as it gets in this process."""
+
+    def table(self, path: str | None, file: str | None = None) -> CostTable:
+        """The table for a path, which is in this file where that is another one."""
+        return self.tables.setdefault(path, CostTable(file or path))
+
+
+process_stores = Stores()
 
 
 def open_table(path: str | None) -> CostTable:
     """The process's one table for a path."""
-    return _tables.setdefault(path, CostTable(path))
+    return process_stores.table(path)
 
 
 def proofs_of(
@@ -39,7 +51,7 @@ def proofs_of(
 ) -> Proofs:
     """Who says what may run of what may crash: by a file beside the table's, which stays on this machine."""
     path = open_table(options.table).asked if options.policy == "auto" else ":memory:"
-    table = _tables.setdefault(f"proofs {path}", CostTable(":memory:" if str(path) == ":memory:" else f"{path}.proofs"))
+    table = process_stores.table(f"proofs {path}", ":memory:" if str(path) == ":memory:" else f"{path}.proofs")
     return Proofs.of(
         table, default_device(), with_options(compiler_options, extra), options.relax, stop.is_set if stop else never
     )
@@ -59,12 +71,12 @@ class PlanStore:
         program, or cannot be had here."""
         text = self.table.load_plan(self.environment, self.key.function)
         found = None if text is None else self._parsed(text, check)
-        return _provisional.get(self.place) if found is None else replace(found, source="stored")
+        return process_stores.provisional.get(self.place) if found is None else replace(found, source="stored")
 
     def store(self, outcome: Outcome) -> None:
         """Keep it, in this process alone where not all of it was measured."""
         if outcome.source == "heuristic":
-            _provisional[self.place] = outcome
+            process_stores.provisional[self.place] = outcome
             return
         sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
         self.table.store_plan(self.environment, self.key.function, self.key.skeleton, sizes, payload)
