@@ -82,6 +82,23 @@ class _Prepared:
     """Whether that serves later calls, too: not where there was no turn to measure."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Traced:
+    """A function traced for arguments of some shapes: a program of flat arguments, the frozen ones among them."""
+
+    jaxpr: Any
+    arrays: Sequence[Any]
+    """The arguments; first what the function closes over."""
+    frozen: Sequence[bool]
+    """Which of them are."""
+    closed_over: Sequence[Any]
+    out_tree: Any
+    shardings: Sequence[Any] | None
+    """Of the arguments; None inside another transformation."""
+    concrete: Sequence[Any] | None
+    """The arguments where it may be run on them."""
+
+
 class Frozen:
     """`auto_layout(f).freeze(...)`: called with the arguments that were not given there.
 
@@ -209,6 +226,33 @@ class Frozen:
     ) -> _Prepared | None:
         """Trace the function, plan it, and compute what is invariant. `whole`: convolutions are to stay convolutions.
         None where the function closes over values that are being traced."""
+        traced = self._traced(args, kwargs, context)
+        if traced is None:
+            return None
+        choose = context == "entry" and not whole
+        program, outcome, final = self._planned(traced, context, choose)
+        outcome, first = self._tuner.not_fatal(program, outcome) if choose else (outcome, None)
+        split = self._split(traced, program, outcome, whole)
+
+        def run(kept: Sequence[Any], *rest: Any) -> Any:
+            return jax.tree.unflatten(traced.out_tree, split.run(*kept, *rest))
+
+        run.__name__ = run.__qualname__ = self._tuner.name
+        wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
+        keywords = {name: self._jit_keywords[name] for name in wanted if name in self._jit_keywords}
+        if choose and outcome.plan.compiler_options:
+            keywords["compiler_options"] = with_options(keywords.get("compiler_options"), outcome.plan.compiler_options)
+        marks = (self._marked(what, args, kwargs, self._count) for what in ("donate", "static"))
+        moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
+        run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **keywords)
+        seen = device_of(traced.concrete or ()), context, traced.frozen, traced.shardings
+        explanation = partial(self._tuner.explained, program, outcome, *seen)
+        with Workers(1, device_of(traced.arrays)) as workers:  # where no trace is under way
+            kept = workers.submit(lambda: _kept(split, traced)).result()
+        return _Prepared(run=run, kept=kept, outcome=outcome, first=first, explanation=explanation, final=final)
+
+    def _traced(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context) -> _Traced | None:
+        """The function as a program of all its arguments; None where it closes over values that are being traced."""
         full, named = self._joined(args, kwargs)
         static = self._marked("static", full, named)
         places = [i for i, fixed in enumerate(static) if not fixed]
@@ -223,57 +267,44 @@ class Frozen:
                 return None
             jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
             frozen = [True] * len(outer) + frozen
-        traced = context == "nested" or any(isinstance(x, Tracer) for x in arrays)
-        shardings = None if traced else placements(arrays, ())
-        concrete = arrays if not traced and all(map(is_real, arrays)) else None
+        inside_another = context == "nested" or any(isinstance(x, Tracer) for x in arrays)
+        return _Traced(
+            jaxpr=jaxpr,
+            arrays=arrays,
+            frozen=frozen,
+            closed_over=outer,
+            out_tree=out_tree,
+            shardings=None if inside_another else placements(arrays, ()),
+            concrete=arrays if not inside_another and all(map(is_real, arrays)) else None,
+        )
+
+    def _planned(self, traced: _Traced, context: Context, choose: bool) -> tuple[Any, Outcome, bool]:
+        """The program that was planned, what tuning came to, and whether that is so for good. `choose`: whether
+        compiler options may be."""
+        jaxpr, tuned = traced.jaxpr, partial(self._tuner.tuned, choose_options=choose, frozen=traced.frozen)
+        given = traced.concrete, traced.shardings, context
         # Folding rounds kernels anew: only where numbers are compared.
-        judged = self._tuner.options.policy == "auto" and not spans_processes(shardings or ())
-        program = fold(jaxpr, frozen, arrays) if judged else jaxpr
-        choose = context == "entry" and not whole
-        original, final = None if program is jaxpr else jaxpr, True
+        judged = self._tuner.options.policy == "auto" and not spans_processes(traced.shardings or ())
+        program = fold(jaxpr, traced.frozen, traced.arrays) if judged else jaxpr
         try:
-            outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, original, choose)
+            outcome = tuned(program, *given, original=jaxpr)
             if outcome.verdict.cause == "numbers" and program is not jaxpr:  # then without what rounds the kernels anew
-                program = jaxpr
-                outcome = self._tuner.tuned(program, concrete, shardings, context, frozen, None, choose)
+                program, outcome = jaxpr, tuned(jaxpr, *given)
+            return program, outcome, True
         except NoTurn as late:
-            outcome, final = postponed(self._tuner.name, late), False
-        first = None
-        if context == "entry" and not whole:
-            outcome, first = self._tuner.not_fatal(program, outcome)
+            return program, postponed(self._tuner.name, late), False
 
+    def _split(self, traced: _Traced, program: Any, outcome: Outcome, whole: bool) -> Split:
+        """The program under its plan, in what is done once and the rest."""
         selector = self._tuner.selector_for(outcome) if whole else None  # for what is derived from whole ones
-        chosen = retrace(program if outcome.kept else jaxpr, outcome.applied, selector)
-        expanded = flattened(chosen, arrays, expand=not whole)
-        split = Split.of(expanded, frozen)
-        if not (outcome.kept and outcome.verdict.tuned_temp is not None):  # else the verifier has seen what it needs
-            given, kept = split.nbytes
-            if kept - given > allowance(given, self._tuner.options.memory_limit):
-                split = Split.unprepared(expanded, frozen)
-        closed_over = {id(x) for x in outer}
-
-        def prepare() -> tuple[jax.Array, ...]:
-            own, _ = split.sides(arrays)
-            is_made = [isinstance(x, jax.Array) or not is_array(jax.typeof(x)) for x in own]  # or a reference
-            kept = split.prepare([x if made else jnp.asarray(x) for x, made in zip(own, is_made, strict=True)])
-            return tuple(_copied(x) if id(x) in closed_over else x for x in kept)
-
-        def run(kept: Sequence[Any], *rest: Any) -> Any:
-            return jax.tree.unflatten(out_tree, split.run(*kept, *rest))
-
-        run.__name__ = run.__qualname__ = self._tuner.name
-        wanted = ("out_shardings", *(NOT_NESTED if context == "entry" else ()))
-        keywords = {name: self._jit_keywords[name] for name in wanted if name in self._jit_keywords}
-        if choose and outcome.plan.compiler_options:
-            keywords["compiler_options"] = with_options(keywords.get("compiler_options"), outcome.plan.compiler_options)
-        marks = (self._marked(what, args, kwargs, self._count) for what in ("donate", "static"))
-        moving = (gone for gone, fixed in zip(*marks, strict=True) if not fixed)
-        run = jax.jit(run, donate_argnums=[1 + i for i, gone in enumerate(moving) if gone], **keywords)
-        seen = device_of(concrete or ()), context, frozen, shardings
-        explanation = partial(self._tuner.explained, program, outcome, *seen)
-        with Workers(1, device_of(arrays)) as workers:  # where no trace is under way
-            kept = workers.submit(prepare).result()
-        return _Prepared(run=run, kept=kept, outcome=outcome, first=first, explanation=explanation, final=final)
+        chosen = retrace(program if outcome.kept else traced.jaxpr, outcome.applied, selector)
+        expanded = flattened(chosen, traced.arrays, expand=not whole)
+        split = Split.of(expanded, traced.frozen)
+        if outcome.kept and outcome.verdict.tuned_temp is not None:  # the verifier has seen what it needs
+            return split
+        given, kept = split.nbytes
+        fits = kept - given <= allowance(given, self._tuner.options.memory_limit)
+        return split if fits else Split.unprepared(expanded, traced.frozen)
 
     def _joined(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         held, named = jax.tree.unflatten(self._tree, self._leaves)
@@ -326,6 +357,15 @@ class Frozen:
 def _again(layout: Whole, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frozen:
     """One that has been pickled."""
     return layout.freeze(*args, **kwargs)
+
+
+def _kept(split: Split, traced: _Traced) -> tuple[jax.Array, ...]:
+    """What is computed once, in arrays that nobody else holds."""
+    own, _ = split.sides(traced.arrays)
+    is_made = [isinstance(x, jax.Array) or not is_array(jax.typeof(x)) for x in own]  # or a reference
+    kept = split.prepare([x if made else jnp.asarray(x) for x, made in zip(own, is_made, strict=True)])
+    closed_over = {id(x) for x in traced.closed_over}
+    return tuple(_copied(x) if id(x) in closed_over else x for x in kept)
 
 
 def _copied(x: Any) -> Any:

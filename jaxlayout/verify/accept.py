@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from functools import cache, partial
@@ -20,7 +20,7 @@ from jaxlayout.measure.compiled import Compiled
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.malloc import amid, soiled_memory
 from jaxlayout.runtime.plain_data import flag, integer, number, one_of, optional, shown, text
-from jaxlayout.runtime.timing import WARM_NS, timed_call
+from jaxlayout.runtime.timing import WARM_NS, Paired, timed_call
 from jaxlayout.verify.accuracy import Accuracy
 from jaxlayout.verify.race import race
 
@@ -115,16 +115,9 @@ def accept(
     NoTurn. `turn`: entered while the two are timed, and at no other time. `first_run`: entered for the first run of the
     rewritten function.
     """
-    old, new = before.program.memory_analysis(), after.program.memory_analysis()
-    seen: dict[str, Any] = {}
-    if old is not None and new is not None:
-        more = _held(new) - _held(old)  # of frozen arguments it takes what is prepared of them
-        seen = {"original_temp": old.temp_size_in_bytes, "tuned_temp": max(0, new.temp_size_in_bytes + more)}
-        allowed = seen["original_temp"] + allowance(_held(old) + seen["original_temp"], memory_limit)
-        if seen["tuned_temp"] > allowed:
-            prepared = f", {more} of them for prepared arguments" if more > 0 else ""
-            reason = f"it needs {seen['tuned_temp']} bytes of temporary memory{prepared}, {allowed:.0f} are allowed"
-            return Verdict(kept=False, cause="memory", reason=reason, **seen)
+    seen, too_much = _memory(before, after, memory_limit)
+    if too_much:
+        return Verdict(kept=False, cause="memory", reason=too_much, **seen)
     if reason := more_collectives(before.program, after.program):
         return Verdict(kept=False, cause="collectives", reason=reason, **seen)
     if args is None:
@@ -153,6 +146,25 @@ def accept(
 
     with turn():
         faster, times = race(lambda: timed_run(other), lambda: timed_run(after))
+    return _raced(faster, times, ahead, seen)
+
+
+def _memory(before: Compiled, after: Compiled, memory_limit: float) -> tuple[dict[str, Any], str]:
+    """What both need in temporary memory, as a verdict has it, as far as it is known; and why that is too much, if it
+    is."""
+    old, new = before.program.memory_analysis(), after.program.memory_analysis()
+    if old is None or new is None:
+        return {}, ""
+    more = _held(new) - _held(old)  # of frozen arguments it takes what is prepared of them
+    written, tuned = old.temp_size_in_bytes, max(0, new.temp_size_in_bytes + more)
+    allowed = written + allowance(_held(old) + written, memory_limit)
+    prepared = f", {more} of them for prepared arguments" if more > 0 else ""
+    reason = f"it needs {tuned} bytes of temporary memory{prepared}, {allowed:.0f} are allowed"
+    return {"original_temp": written, "tuned_temp": tuned}, reason if tuned > allowed else ""
+
+
+def _raced(faster: bool, times: Paired, ahead: float, seen: Mapping[str, Any]) -> Verdict:
+    """The verdict after a race against a program that is so many times faster than the original."""
     words = "faster" if faster else "not surely faster" if times.ratio > 1 else "not faster"
     ratio = ahead * times.ratio
     return Verdict(
