@@ -56,9 +56,9 @@ typecheck: $(VENV)/installed-test
 $(VENV)/installed-%: pyproject.toml jaxlayout/__init__.py $(if $(filter nightly,$(JAX)),anew)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) pip install --quiet --editable '.[$*]' $(addprefix jax==,$(filter-out nightly,$(JAX)))
+	$(RUN) pip install --quiet --no-compile --editable '.[$*]' $(addprefix jax==,$(filter-out nightly,$(JAX)))
 	$(if $(filter nightly,$(JAX)),$(RUN) pip install --quiet --upgrade --pre jax jaxlib --index-url $(NIGHTLY))
 	@touch $@
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .pytest_cache site

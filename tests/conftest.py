@@ -8,10 +8,14 @@ import signal
 import tempfile
 from pathlib import Path
 
-# Most of the suite's time is LLVM's, which optimises programs that run once. `make fuzz` has them as users have them.
+# Most of the suite's time is XLA's, which compiles programs that run once. So it optimises nothing, and what one test
+# or run of the suite has compiled is there for all others. `make fuzz` has programs compiled as users have them.
 # Before all imports: XLA reads its flags when the first array is made.
 if "FUZZ" not in os.environ:
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import pytest
 from made_up import made_up
