@@ -59,11 +59,29 @@ WINDOW = {"padding": ((1, 1), (1, 1))}
 @example(signature((24, 8, 8, 3), (8, 8, 3, 12), batch_groups=6, **WINDOW))  # a gradient to the kernel of groups
 @example(signature((6, 9, 97, 2), (4, 48, 2, 6), batch_groups=6, rhs_dilation=(2, 2), dtype="float16"))
 @example(signature((400, 3, 40, 1), (3, 40, 1, 400), batch_groups=20, **WINDOW))  # many products to a partial sum
+@example(signature((2, 1, 3, 4), (3, 2, 2, 6), groups=2, lhs_dilation=(1, 2), padding=((0, 3), (0, 0))))  # see below
 def test_equals_lax(c):
     expected, found = everything(c, *operands(c))
     assert found
     for name, out in found.items():
         np.testing.assert_array_equal(out, expected, err_msg=name)
+
+
+MISREAD = (
+    signature((2, 1, 3, 4), (3, 2, 4, 5), lhs_dilation=(1, 2), padding=((0, 3), (0, 0))),
+    signature((2, 1, 5, 4), (3, 3, 4, 5), lhs_dilation=(1, 3), padding=((0, 3), (0, 0)), strides=(1, 2)),
+    signature((2, 3, 1, 4, 3), (2, 3, 2, 3, 5), lhs_dilation=(2, 1, 2), padding=((0, 0), (2, 2), (0, 0))),
+)
+
+
+@pytest.mark.parametrize("c", MISREAD, ids=lambda c: c.key)
+def test_an_axis_that_xla_takes_for_one_of_groups(c):
+    """As written such a convolution ends the process while it is compiled. Groups of a larger one can be such, too."""
+    lhs, rhs = operands(c)
+    assert any(c.misread)
+    for name, dims in native(c):
+        out = jax.jit(lambda lhs, rhs, name=name, dims=dims: through(name, c, dims, lhs, rhs))(lhs, rhs)
+        np.testing.assert_array_equal(out, reference(c, lhs, rhs), err_msg=f"{name} {dims}")
 
 
 @examples(40)
@@ -117,6 +135,19 @@ def test_rounding_error(c):
     bound = 4 * eps * math.sqrt(c.contraction) * np.abs(exact).max() + rounded * np.abs(exact)
     for name, out in everything(c, lhs, rhs)[1].items():
         assert (np.abs(out.astype(np.float64) - exact) <= bound).all(), name
+
+
+def test_not_a_number_stays_in_its_group_of_images():
+    """XLA computes every group with the kernels of all, and masks the rest; not this one, but its phases."""
+    c = signature(
+        (4, 1, 3, 1), (3, 2, 1, 2), strides=(1, 3), padding=((0, 3), (0, 0)), lhs_dilation=(1, 2), batch_groups=2
+    )
+    lhs, rhs = operands(c)
+    rhs[0, 0, 0, 0] = np.nan
+    expected, found = everything(c, lhs, rhs)
+    assert np.isfinite(expected[..., 1]).all()
+    for name, out in found.items():
+        np.testing.assert_array_equal(out[..., 1], expected[..., 1], err_msg=name)
 
 
 @examples(60)

@@ -136,15 +136,21 @@ class Composite(Lowering):
         return xla_for(part) if own else self.inner
 
     def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
-        return super().native(conv, dims) and (self.inner == "xla" or self.inner in self.inners(conv, dims))
+        plain = self.inner == "xla" and not conv.masks
+        return super().native(conv, dims) and (plain or self.inner in self.inners(conv, dims))
 
     def inners(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         """The lowerings worth having inside."""
-        names, parts = {"xla": None}, _parts(self.name, conv, dims)
-        for part, order in dict.fromkeys(parts) if len(parts) <= MAX_PARTS else ():
+        names, parts = {"xla": None}, dict.fromkeys(_parts(self.name, conv, dims))
+        for part, order in parts if len(parts) <= MAX_PARTS else ():
             for lowering in _registry.values():
                 names |= dict.fromkeys(lowering.names(part, order, depth - 1))
-        return tuple(names)
+        masked = [pair for pair in parts if pair[0].masks]  # not to be left to XLA
+        return tuple(
+            name
+            for name in names
+            if all(name != "xla" and lowering_named(name).native(part, order) for part, order in masked)
+        )
 
     def names(self, conv: ConvSignature, dims: ConvDimensionNumbers, depth: int = MAX_DEPTH) -> tuple[str, ...]:
         if depth == 0 or not Lowering.native(self, conv, dims):

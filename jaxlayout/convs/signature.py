@@ -177,6 +177,22 @@ class ConvSignature:
         return any(min(edges) < 0 < max(edges) for edges in known)
 
     @property
+    def misread(self) -> tuple[bool, ...]:
+        """Of each spatial axis, whether XLA may take it for one of groups, which it is not: no padding, lhs dilated by
+        the size of the kernel, the stride one less. While it swaps lhs and rhs it then takes lhs to be as large as the
+        kernel, and ends the process (CPU, jaxlib 0.10 to 0.12)."""
+        windows = zip(self.kernel, self.padding, self.lhs_dilation, self.rhs_dilation, self.strides, strict=True)
+        looks = [window == (window[0], (0, 0), window[0], 1, window[0] - 1) for window in windows]
+        sizes = zip(self.spatial, self.kernel, looks, strict=True)
+        return tuple(not self.is_grouped and like and size != taps for size, taps, like in sizes)
+
+    @property
+    def masks(self) -> bool:
+        """Whether XLA computes each group of images with the kernels of all and masks what is not wanted: what is no
+        number comes to other groups then, how far depends on how XLA simplified it."""
+        return 1 < self.batch_groups < self.batch
+
+    @property
     def is_grouped(self) -> bool:
         """Whether it has several groups, of features or of images."""
         return self.feature_groups > 1 or self.batch_groups > 1

@@ -2,6 +2,7 @@
 cuts off."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import jax
 from jax import lax
@@ -17,7 +18,8 @@ class Xla(Lowering):
     Offered: channels last (XLA:CPU's canonical form, and what its GPU backend turns float convolutions into)
     with either common kernel order, and channels first with the kernel's features first; for a kernel gradient what
     autodiff writes in a channels-last network. Other mixtures are not: XLA reaches them by the same transposes
-    that a plan can place itself. Nor is a convolution whose padding crosses, but as it is written: see `Cropped`.
+    that a plan can place itself. Nor is a convolution whose padding crosses, but as it is written: see `Cropped`. Where
+    XLA would misread an axis, out gets an element more, which is cut off again.
     """
 
     name = "xla"
@@ -26,7 +28,10 @@ class Xla(Lowering):
         return () if conv.crosses else _orders(conv)
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
+        whole = zip(conv.padding, conv.strides, conv.misread, strict=True)
+        window = replace(conv, padding=tuple((lo, hi + stride * misread) for (lo, hi), stride, misread in whole))
+        out = lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **window.params)
+        return lax.slice(out, [0] * out.ndim, conv.out_shape(dims.out)) if any(conv.misread) else out
 
 
 class Cropped(Xla):
