@@ -42,14 +42,14 @@ def of_explanation(facts: Facts) -> Group:
     if why := why_nothing(facts):
         parts.append(Text(why, style="bold"))
     if found:
-        parts += _titled(convolutions(facts), SHARES)
+        parts += _titled(convolutions(facts), wide=True)
     for group in found if len(found) <= DETAILED else ():
         title = f"{group.numbers}: {group.first.kind}, {shapes(group.first)}"
         parts += _titled(candidates(group.first, title))
     if len(found) > DETAILED:
         parts.append(Text("print(explanation.sites[#]) shows all candidates of one, to_json() of all", style="dim"))
     for section in others(facts):
-        parts += _titled(section, SHARES if "why" in section.columns else {})
+        parts += _titled(section, wide="why" in section.columns)
     return Group(*parts)
 
 
@@ -70,14 +70,14 @@ def plain_text(value: Any) -> str:
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _titled(section: Section, shares: Mapping[str, Any] | None = None) -> list[Any]:
-    return [Text(f"\n{section.title}", style="bold"), _table(section, shares or {})]
+def _titled(section: Section, *, wide: bool = False) -> list[Any]:
+    return [Text(f"\n{section.title}", style="bold"), _table(section, wide=wide)]
 
 
-def _table(section: Section, shares: Mapping[str, Any] | None = None) -> Table:
+def _table(section: Section, *, wide: bool = False) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for name in section.columns:
-        how = {"justify": "right", "no_wrap": True} if name in NUMBERS else (shares or {}).get(name, {})
+        how = {"justify": "right", "no_wrap": True} if name in NUMBERS else SHARES.get(name, {}) if wide else {}
         table.add_column(name, header_style="dim", overflow="fold", **how)
     for row in section.rows:
         table.add_row(*map(_text, row))

@@ -28,10 +28,11 @@ class Xla(Lowering):
         return () if conv.crosses else _orders(conv)
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
-        whole = zip(conv.padding, conv.strides, conv.misread, strict=True)
-        window = replace(conv, padding=tuple((lo, hi + stride * misread) for (lo, hi), stride, misread in whole))
-        out = lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **window.params)
-        return lax.slice(out, [0] * out.ndim, conv.out_shape(dims.out)) if any(conv.misread) else out
+        if any(conv.misread):
+            axes = zip(conv.padding, conv.strides, conv.misread, strict=True)
+            longer = replace(conv, padding=tuple((lo, hi + stride * misread) for (lo, hi), stride, misread in axes))
+            return lax.slice(self.apply(longer, dims, lhs, prepared), [0] * lhs.ndim, conv.out_shape(dims.out))
+        return lax.conv_general_dilated(lhs, prepared, dimension_numbers=dims.to_lax(), **conv.params)
 
 
 class Cropped(Xla):
