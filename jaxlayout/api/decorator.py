@@ -261,12 +261,12 @@ class AutoLayout:
                 self._compile_with(wanted.options)
             except NoTurn as late:
                 postponed(self._tuner.name, late)
-                with self._tuner.whole():  # as it has been traced
+                with self._tuner.as_one():  # as it has been traced
                     return run(self._plain)
 
     def eval_shape(self, /, *args: Any, **kwargs: Any) -> Any:
         """As `jax.jit(f).eval_shape`: the shapes of the results, without tuning."""
-        with self._tuner.whole():
+        with self._tuner.as_one():
             return type(self._plain).eval_shape(self._plain, *args, **kwargs)
 
     def clear_cache(self) -> None:
@@ -313,7 +313,7 @@ class AutoLayout:
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
             part = seen is None and tuner.is_part()
-            with nullcontext() if part else tuner.whole():
+            with nullcontext() if part else tuner.as_one():
                 jaxpr, arrays, out_tree = program_of(tuner.source, args, kwargs, places)
             if part:
                 return jax.tree.unflatten(out_tree, eval_equations(jaxpr, arrays))

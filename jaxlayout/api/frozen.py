@@ -43,7 +43,7 @@ from jaxlayout.tuning.outcome import Outcome, postponed
 from jaxlayout.verify.accept import allowance
 
 
-class Whole(Protocol):
+class Decorated(Protocol):
     """The function of all its arguments, under `auto_layout`: what a frozen one falls back on."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
@@ -111,7 +111,7 @@ class Frozen:
     What is frozen is what it is now, in arrays of its own: the caller's may be changed or donated.
     """
 
-    def __init__(self, layout: Whole, tuner: Tuner, args: tuple[Any, ...], kwargs: dict[str, Any]):
+    def __init__(self, layout: Decorated, tuner: Tuner, args: tuple[Any, ...], kwargs: dict[str, Any]):
         """TypeError and ValueError as of `AutoLayout.freeze`. `tuner`: of the function."""
         self._layout, self._tuner = layout, tuner
         self._jit_keywords = jit_settings(
@@ -203,17 +203,17 @@ class Frozen:
             return None, []
         rest = [leaf for leaf, fixed in zip(leaves, static, strict=True) if not fixed]
         nested = am_i_under_a_jit()
-        whole = nested or any(isinstance(leaf, Tracer) for leaf in rest)
-        if whole:
+        inside_another = nested or any(isinstance(leaf, Tracer) for leaf in rest)
+        if inside_another:
             known_elsewhere()
         kinds = [
             (type(leaf), leaf) if fixed else (jax.typeof(leaf), placement(leaf))
             for leaf, fixed in zip(leaves, static, strict=True)
         ]
         prepared = self._prepared.setdefault(surroundings(), {})
-        key = (tree, nested, whole, *kinds)
+        key = (tree, nested, inside_another, *kinds)
         if key not in prepared:
-            made = self._prepare(args, kwargs, "nested" if nested else "entry", whole)
+            made = self._prepare(args, kwargs, "nested" if nested else "entry", inside_another)
             if made is None:
                 return None, []
             if not made.final:
@@ -222,17 +222,18 @@ class Frozen:
         return prepared[key], rest
 
     def _prepare(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context, whole: bool
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: Context, inside_another: bool
     ) -> _Prepared | None:
-        """Trace the function, plan it, and compute what is invariant. `whole`: convolutions are to stay convolutions.
+        """Trace the function, plan it, and compute what is invariant. `inside_another`: called inside another
+        transformation of JAX, for which convolutions stay convolutions.
         None where the function closes over values that are being traced."""
         traced = self._traced(args, kwargs, context)
         if traced is None:
             return None
-        choose = context == "entry" and not whole
+        choose = context == "entry" and not inside_another
         program, outcome, final = self._planned(traced, context, choose)
         outcome, first = self._tuner.not_fatal(program, outcome) if choose else (outcome, None)
-        split = self._split(traced, program, outcome, whole)
+        split = self._split(traced, program, outcome, inside_another)
 
         def run(kept: Sequence[Any], *rest: Any) -> Any:
             return jax.tree.unflatten(traced.out_tree, split.run(*kept, *rest))
@@ -259,7 +260,7 @@ class Frozen:
         own = tuple(i < self._count for i in range(len(full))), {name: name in self._keywords for name in named}
         held = jax.tree.leaves(jax.tree.broadcast(own, (full, named)))
         frozen = [held[i] for i in places]
-        with self._tuner.whole():
+        with self._tuner.as_one():
             source, arrays, out_tree = program_of(self._tuner.source, full, named, places)
         jaxpr = flattened(lambda *flat: eval_equations(source, flat), arrays)
         if outer := list(consts_of(jaxpr)):
@@ -294,11 +295,11 @@ class Frozen:
         except NoTurn as late:
             return program, postponed(self._tuner.name, late), False
 
-    def _split(self, traced: _Traced, program: Any, outcome: Outcome, whole: bool) -> Split:
+    def _split(self, traced: _Traced, program: Any, outcome: Outcome, inside_another: bool) -> Split:
         """The program under its plan, in what is done once and the rest."""
-        selector = self._tuner.selector_for(outcome) if whole else None  # for what is derived from whole ones
+        selector = self._tuner.selector_for(outcome) if inside_another else None  # for what is derived
         chosen = retrace(program if outcome.kept else traced.jaxpr, outcome.applied, selector)
-        expanded = flattened(chosen, traced.arrays, expand=not whole)
+        expanded = flattened(chosen, traced.arrays, expand=not inside_another)
         split = Split.of(expanded, traced.frozen)
         if outcome.kept and outcome.verdict.tuned_temp is not None:  # the verifier has seen what it needs
             return split
@@ -354,7 +355,7 @@ class Frozen:
             raise TypeError(f"{count} positional arguments given, {max(0, left)} expected: {self._count} are frozen")
 
 
-def _again(layout: Whole, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frozen:
+def _again(layout: Decorated, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Frozen:
     """One that has been pickled."""
     return layout.freeze(*args, **kwargs)
 

@@ -55,7 +55,7 @@ class Tuner:
         where = inside()
         return where == "tuning" or (where == "traced" and self.options.policy == "auto" and self.pinned is None)
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def as_one(self) -> AbstractContextManager[Any]:
         """In here what the function calls is part of it. JAX keeps what is traced here apart from what is not."""
         return within("traced") if self.options.policy == "auto" else nullcontext()
 

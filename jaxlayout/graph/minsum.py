@@ -18,9 +18,9 @@ This module knows nothing of layouts, and imports nothing but numpy.
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from operator import index
 
 import numpy as np
@@ -160,79 +160,98 @@ class _Elimination:
 
 
 def _eliminate(sizes: Sequence[int], tables: _Tables, max_table: int) -> _Elimination:
-    """Eliminate all variables, next always the one that adds the lightest edges between its neighbours.
-
-    This is weighted min-fill. The key of a variable is recomputed only when its neighbours changed, or an
-    edge between two of them appeared; an entry of the heap with another key than `keys` is out of date.
-    """
+    """Eliminate all variables, in the order that `_Queue` says."""
     tables = dict(tables)
     done = _Elimination([], [], [], False, 0, 0)
     mentions = _mentions(sizes, tables)
-    neighbours = [set().union(*scopes) - {v} for v, scopes in enumerate(mentions)]
-
-    def key(v: int) -> _Key:
-        near = neighbours[v]
-        if len(near) > _HUB:
-            return math.inf, len(near), v
-        fill = 0
-        for a, b in combinations(near, 2):
-            if b not in neighbours[a]:
-                fill += sizes[a] * sizes[b]
-        return fill, math.prod([sizes[u] for u in near]) * sizes[v], v
-
-    keys: list[_Key | None] = [key(v) if scopes else None for v, scopes in enumerate(mentions)]
-    heap = [k for k in keys if k is not None]
-    heapq.heapify(heap)
-
-    while heap:
-        queued = heapq.heappop(heap)
-        v = queued[-1]
-        if queued != keys[v]:
-            continue
-        keys[v] = None
-        near = neighbours[v]
+    queue = _Queue(sizes, mentions)
+    while (going := queue.pop()) is not None:
+        v, near = going
         bucket = [(scope, tables.pop(scope)) for scope in mentions[v]]
         for scope, _ in bucket:
             for u in scope:
                 if u != v:
                     del mentions[u][scope]
-        for u in near:
-            neighbours[u].discard(v)
         done.order.append(v)
         done.buckets.append(bucket)
-
-        changed = set(near)
+        made = []
         for part in _partition(sizes, v, bucket, near, max_table, done):
-            scope, joint = _join(sizes, part)
-            done.width = max(done.width, len(scope))
-            done.entries += joint.size
-            axis = scope.index(v)
-            message = np.minimum.reduce(joint, axis=axis)
-            low = float(np.minimum.reduce(message, axis=None))
-            if low == math.inf:
-                raise Infeasible(v, f"by the factors over {_few(scope)} and those eliminated into them")
-            # The minimum moves to the constants: messages, and their rounding, stay as small as local costs.
-            done.constants.append(low)
-            rest = scope[:axis] + scope[axis + 1 :]
+            rest, message = _minimised(sizes, v, part, done)
             if not rest:
                 continue
-            message = message - low
+            made.append(rest)
             if rest in tables:
                 tables[rest] = tables[rest] + message
                 continue
             tables[rest] = message
             for u in rest:
                 mentions[u][rest] = None
-            for a, b in combinations(rest, 2):
-                if b not in neighbours[a]:
-                    changed |= neighbours[a] & neighbours[b]
-                    neighbours[a].add(b)
-                    neighbours[b].add(a)
-        for u in changed:
-            if (fresh := key(u)) != keys[u]:
-                keys[u] = fresh
-                heapq.heappush(heap, fresh)
+        queue.join(near, made)
     return done
+
+
+def _minimised(sizes: Sequence[int], v: int, part: _Bucket, done: _Elimination) -> tuple[_Scope, np.ndarray]:
+    """A variable minimised out of the sum of some tables. The minimum of what is left moves to the constants: messages,
+    and their rounding, stay as small as local costs."""
+    scope, joint = _join(sizes, part)
+    done.width = max(done.width, len(scope))
+    done.entries += joint.size
+    axis = scope.index(v)
+    message = np.minimum.reduce(joint, axis=axis)
+    low = float(np.minimum.reduce(message, axis=None))
+    if low == math.inf:
+        raise Infeasible(v, f"by the factors over {_few(scope)} and those eliminated into them")
+    done.constants.append(low)
+    return scope[:axis] + scope[axis + 1 :], message - low
+
+
+class _Queue:
+    """Which variables share a table, and which goes next: always the one that adds the lightest edges between its
+    neighbours.
+
+    This is weighted min-fill. The key of a variable is computed anew only when its neighbours changed, or an edge
+    between two of them appeared; an entry of the heap with another key than `_keys` is out of date.
+    """
+
+    def __init__(self, sizes: Sequence[int], mentions: Sequence[Collection[_Scope]]) -> None:
+        self._sizes = sizes
+        self._neighbours = [set().union(*scopes) - {v} for v, scopes in enumerate(mentions)]
+        self._keys: list[_Key | None] = [self._key(v) if scopes else None for v, scopes in enumerate(mentions)]
+        self._heap = [key for key in self._keys if key is not None]
+        heapq.heapify(self._heap)
+
+    def pop(self) -> tuple[int, set[int]] | None:
+        """The next variable, and what were its neighbours; None when all have gone."""
+        while self._heap:
+            queued = heapq.heappop(self._heap)
+            v = queued[-1]
+            if queued == self._keys[v]:
+                self._keys[v] = None
+                near = self._neighbours[v]
+                for u in near:
+                    self._neighbours[u].discard(v)
+                return v, near
+        return None
+
+    def join(self, near: set[int], scopes: Sequence[_Scope]) -> None:
+        """Make neighbours of what shares one of these scopes, now that a variable with such neighbours has gone."""
+        changed = set(near)
+        for a, b in chain.from_iterable(combinations(scope, 2) for scope in scopes):
+            if b not in self._neighbours[a]:
+                changed |= self._neighbours[a] & self._neighbours[b]
+                self._neighbours[a].add(b)
+                self._neighbours[b].add(a)
+        for u in changed:
+            if (fresh := self._key(u)) != self._keys[u]:
+                self._keys[u] = fresh
+                heapq.heappush(self._heap, fresh)
+
+    def _key(self, v: int) -> _Key:
+        near, sizes = self._neighbours[v], self._sizes
+        if len(near) > _HUB:
+            return math.inf, len(near), v
+        fill = sum(sizes[a] * sizes[b] for a, b in combinations(near, 2) if b not in self._neighbours[a])
+        return fill, math.prod([sizes[u] for u in near]) * sizes[v], v
 
 
 def _mentions(sizes: Sequence[int], tables: _Tables) -> list[dict[_Scope, None]]:
