@@ -33,7 +33,7 @@ from bench.rows import compared, write_rows
 from bench.timing import machine, paired
 from jaxlayout import AutoLayout, Candidate, Outcome, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.signature import ConvSignature, written_dims
 from jaxlayout.graph.program import equations
 from jaxlayout.layout import ConvLayout, KernelLayout
 from jaxlayout.measure.jobs import candidate_id
@@ -170,7 +170,7 @@ def only_convolution(jaxpr: Any) -> tuple[ConvSignature, Candidate]:
     """What the one convolution of a program computes, and how it is written."""
     (eqn,) = (eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS)
     lhs, rhs = (v.aval for v in eqn.invars)
-    return ConvSignature.of(lhs, rhs, eqn.params), Candidate("xla", written_order(eqn.params))
+    return ConvSignature.of(lhs, rhs, eqn.params), Candidate("xla", written_dims(eqn.params))
 
 
 def chosen(outcome: Outcome, written: Candidate) -> Candidate:
@@ -184,7 +184,7 @@ def exact(f: Callable[..., Any], args: tuple[Any, ...]) -> np.ndarray:
     def convolved(eqn: Any, operands: Any) -> Any:
         if eqn.primitive not in CONVOLUTIONS:
             return None
-        conv, dims = ConvSignature.of(operands[0], operands[1], eqn.params), written_order(eqn.params)
+        conv, dims = ConvSignature.of(operands[0], operands[1], eqn.params), written_dims(eqn.params)
         last, kernel = ConvLayout.channels_last(conv.rank), KernelLayout.io_last(conv.rank)
         lhs = np.transpose(operands[0], last.permutation_from(dims.lhs))
         rhs = np.transpose(operands[1], kernel.permutation_from(dims.rhs))

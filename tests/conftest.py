@@ -95,7 +95,7 @@ def with_options(forced, monkeypatch):
         ratio = 1.5 + bool(plan.compiler_options)
         return Verdict(kept=True, reason="forced", ratio=ratio)
 
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (wanted,)})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {"cpu": (wanted,)})
     monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     return wanted

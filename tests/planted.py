@@ -33,7 +33,7 @@ _KERNEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p
 class Planted(Lowering):
     may_crash = True
 
-    def orders(self, conv):
+    def dimension_numbers(self, conv):
         yield ConvDimensionNumbers.channels_last(conv.rank)
 
     def apply(self, conv, dims, lhs, prepared):

@@ -68,7 +68,7 @@ def through(name, c, dims, lhs, rhs):
 def native(c):
     """Every lowering in every order it is native in, of any kernel orders the two common ones and an odd one."""
     for lowering in STRICT.values():
-        for dims in lowering.orders(c):
+        for dims in lowering.dimension_numbers(c):
             kernels = [dims.rhs]
             if lowering.any_kernel:
                 odd = KernelLayout("I" + dims.rhs.spatial[::-1] + "O")

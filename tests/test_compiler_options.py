@@ -35,7 +35,7 @@ def gains(costs, monkeypatch):
         pipeline.verifier.original  # noqa: B018 - it must compile
         return Verdict(kept=ratio > rival, reason="made up", ratio=ratio)
 
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (EXTRA,)})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {"cpu": (EXTRA,)})
     monkeypatch.setattr(pipeline.Pipeline, "judge", judge)
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     return found
@@ -119,7 +119,7 @@ def test_frozen(gains):
 
 
 def test_an_option_that_this_compiler_does_not_know(costs, monkeypatch):
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": ({"xla_no_such_option": "1"},)})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {"cpu": ({"xla_no_such_option": "1"},)})
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     g = auto_layout(f)
     np.testing.assert_allclose(g(X, K), f(X, K), rtol=1e-6)
@@ -129,7 +129,7 @@ def test_an_option_that_this_compiler_does_not_know(costs, monkeypatch):
 @pytest.mark.parametrize("faster", [True, False])
 def test_they_are_raced_against_what_was_kept_without_them(costs, monkeypatch, faster):
     races = [(True, Paired.of([(2e6, 1e6)] * 3)), *[(faster, Paired.of([(1e6, 0.8e6)] * 3))] * 2]
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {"cpu": (EXTRA,)})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {"cpu": (EXTRA,)})
     monkeypatch.setattr("jaxlayout.verify.accept.race", lambda *_: races.pop(0))
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
     outcome = auto_layout(f).outcome(X, K)

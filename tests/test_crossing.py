@@ -135,7 +135,7 @@ def test_every_form_is_right(c):
 
 def test_offered_as_written_and_cropped():
     c = CASES[2]
-    for dims in itertools.islice(lowerings()["cropped"].orders(c), 3):
+    for dims in itertools.islice(lowerings()["cropped"].dimension_numbers(c), 3):
         found = candidates(c, Candidate("xla", dims), preferred=last(2))
         assert found[0] == Candidate("xla", dims) and {w.dims for w in found if w.lowering == "xla"} == {dims}
         cropped = {way.dims for way in found if way.lowering == "cropped"}

@@ -427,7 +427,7 @@ class Packed(Lowering):
     def applies(self, conv):
         return True
 
-    def orders(self, conv):
+    def dimension_numbers(self, conv):
         yield ConvDimensionNumbers.channels_last(conv.rank)
 
     def prepare(self, conv, dims, rhs):

@@ -522,7 +522,7 @@ def test_the_next_best_plan_is_tried_where_memory_fails(costs, monkeypatch):
         return lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=dims)
 
     class Native(Turncoat):
-        def orders(self, conv):
+        def dimension_numbers(self, conv):
             last = ConvLayout.channels_last(conv.rank)
             yield ConvDimensionNumbers(last, KernelLayout.oi_first(conv.rank), last)
 

@@ -186,7 +186,7 @@ def test_derivatives(c):
     for name, lowering in lowerings().items():
         if name not in STRICT:
             continue
-        dims = next(iter(lowering.orders(c)), None)
+        dims = next(iter(lowering.dimension_numbers(c)), None)
         if dims == last(c.rank):
             loss = jax.grad(lambda *a, n=name, d=dims: (evaluate(n, c, d, *a) * weights).sum(), (0, 1))
             found = jax.jit(jax.vmap(loss))(lhs[None], rhs[None])
@@ -221,7 +221,7 @@ def test_precision_goes_with_its_operand():
     high, low = lax.Precision.HIGHEST, lax.Precision.DEFAULT
     c = signature((2, 4, 4, 3), (1, 1, 3, 5), precision=(high, low))
     lhs, rhs = operands(c)
-    for dims in Dot().orders(c):
+    for dims in Dot().dimension_numbers(c):
         jaxpr = jax.make_jaxpr(lambda lhs, rhs, d=dims: through("dot", c, d, lhs, rhs))(lhs, rhs)
         (dot,) = [eqn for eqn in equations(jaxpr) if eqn.primitive is lax.dot_general_p]
         kernel_first = math.prod(dot.invars[0].aval.shape) == 2 * 3 * 5
@@ -270,9 +270,12 @@ DENSE, DEPTHWISE = ((2, 8, 8, 6), (3, 3, 6, 4)), ((2, 8, 8, 6), (3, 3, 1, 6))
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value.replace(" ", "-"),
 )
 def test_offers(c, offered):
-    assert {name for name, lowering in STRICT.items() if any(lowering.orders(c))} == {*offered.split(), "xla"}
+    assert {name for name, lowering in STRICT.items() if any(lowering.dimension_numbers(c))} == {
+        *offered.split(),
+        "xla",
+    }
     for lowering in STRICT.values():
-        dims = list(lowering.orders(c))
+        dims = list(lowering.dimension_numbers(c))
         assert len(dims) == len(set(dims)) or c.rank == 0  # where first is last
 
 
@@ -280,8 +283,8 @@ def test_a_dot_changes_order_for_free():
     """Channels first to last and back, image by image: no image is transposed."""
     c = signature((2, 8, 8, 6), (1, 1, 6, 4))
     kernel = 6 * 4
-    assert len({(str(dims.lhs), str(dims.out)) for dims in Dot().orders(c)}) == 4
-    for dims in Dot().orders(c):
+    assert len({(str(dims.lhs), str(dims.out)) for dims in Dot().dimension_numbers(c)}) == 4
+    for dims in Dot().dimension_numbers(c):
         lowering, shapes = Dot(), (c.lhs_shape(dims.lhs), c.rhs_shape(dims.rhs))
         jaxpr = jax.make_jaxpr(lambda lhs, rhs, d=dims, low=lowering: low.apply(c, d, lhs, low.prepare(c, d, rhs)))(
             *(jnp.zeros(shape) for shape in shapes)

@@ -19,7 +19,7 @@ from made_up import not_asked
 
 from jaxlayout import LayoutPolicy, Options, Plan, auto_layout
 from jaxlayout.convs.primitive import CONVOLUTIONS, tuned_conv, tuned_conv_p
-from jaxlayout.convs.signature import written_order
+from jaxlayout.convs.signature import written_dims
 from jaxlayout.graph.plan import Conversion
 from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.layout import ConvDimensionNumbers, KernelLayout
@@ -125,7 +125,7 @@ def unmeasured(monkeypatch):
 def ways(jaxpr: Any) -> list[str]:
     """The layouts and lowering of every convolution."""
     found = [eqn for eqn in equations(jaxpr) if eqn.primitive in CONVOLUTIONS]
-    return [f"{eqn.params.get('lowering', 'xla')}:{written_order(eqn.params)}" for eqn in found]
+    return [f"{eqn.params.get('lowering', 'xla')}:{written_dims(eqn.params)}" for eqn in found]
 
 
 def test_off_is_plain_jit(unmeasured):

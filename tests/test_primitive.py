@@ -306,7 +306,7 @@ class Trick(Lowering):
 
     name = "trick"
 
-    def orders(self, conv: Any) -> Any:
+    def dimension_numbers(self, conv: Any) -> Any:
         if all(d == 1 for d in conv.lhs_dilation):
             yield ConvDimensionNumbers.parse("NHWC,HWIO->NHWC")
 

@@ -35,7 +35,7 @@ SAME = ((1, 1), (1, 1))
 
 def orders(name, c):
     """Those it is native in, with the two common kernel orders and an odd one where it takes any."""
-    for dims in RELAXED[name].orders(c):
+    for dims in RELAXED[name].dimension_numbers(c):
         kernels = [dims.rhs]
         if RELAXED[name].any_kernel:
             odd = KernelLayout("I" + dims.rhs.spatial[::-1] + "O")
@@ -45,7 +45,7 @@ def orders(name, c):
 
 def outs(name, c, lhs, rhs, inner=""):
     """What it gives in each order, from one compilation."""
-    assert list(RELAXED[name].orders(c)), c.key
+    assert list(RELAXED[name].dimension_numbers(c)), c.key
 
     @jax.jit
     def run(lhs, rhs):
@@ -303,9 +303,9 @@ STEM = ((2, 16, 16, 3), (7, 7, 3, 4))
     ids=lambda value: value.key if isinstance(value, ConvSignature) else value.replace(" ", "-"),
 )
 def test_offers(c, offered):
-    assert {name for name, lowering in RELAXED.items() if any(lowering.orders(c))} == set(offered.split())
+    assert {name for name, lowering in RELAXED.items() if any(lowering.dimension_numbers(c))} == set(offered.split())
     for lowering in RELAXED.values():
-        dims = list(lowering.orders(c))
+        dims = list(lowering.dimension_numbers(c))
         assert len(dims) == len(set(dims))
 
 

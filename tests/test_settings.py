@@ -253,7 +253,7 @@ def lowered() -> dict[str, str]:
     found = {}
     for kind, (lhs, rhs, conv) in CONVOLUTIONS.items():
         for lowering in lowerings().values():
-            for dims in lowering.orders(conv):
+            for dims in lowering.dimension_numbers(conv):
                 name = lowering.names(conv, dims)[-1]
                 arrays = (
                     shape(*conv.lhs_shape(dims.lhs), dtype=lhs.dtype),

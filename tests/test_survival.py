@@ -70,7 +70,7 @@ found = lowering.lowerings()
 candidates.lowerings = lambda: {"xla": found["xla"], "tap_dots": found["tap_dots"]}  # enough, and quick
 trials.CANDIDATE_SECONDS = 0.01
 race.MAX_PAIRS = 7
-pipeline.OPTION_SETS = {}
+pipeline.COMPILER_OPTION_SETS = {}
 Peaks.look = lambda peaks: None
 
 
@@ -422,7 +422,7 @@ class Wrong(Slow):
 def test_times_that_are_a_lie(monkeypatch, lowering, cause):
     """Records as they should be, but that one candidate is a thousand times faster than it is, and right."""
     offer(monkeypatch, lowering(), "xla")
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {})
     with registered(lowering()):
         honest = auto_layout(network, on_miss="measure").outcome(X, K)
         assert not any(mode.candidate and mode.candidate.lowering == "slow" for mode in honest.plan.choices.values())

@@ -135,7 +135,7 @@ def test_waiting_for_a_turn_spends_nothing(forced, monkeypatch):
 
 def test_verdict_by_timing(costs, monkeypatch):
     monkeypatch.setenv("JAXLAYOUT_VERDICT", "1")
-    monkeypatch.setattr(pipeline, "OPTION_SETS", {})
+    monkeypatch.setattr(pipeline, "COMPILER_OPTION_SETS", {})
 
     def verdict(bias: int, tuned_ns: float) -> Verdict:
         monkeypatch.setattr("jaxlayout.verify.race.in_pairs", lambda *_: itertools.repeat((1e6, tuned_ns)))

@@ -33,7 +33,7 @@ from jaxlayout import (
     select_layout_for_sequence,
 )
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.convs.signature import written_order
+from jaxlayout.convs.signature import written_dims
 from jaxlayout.graph.build import build_graph
 from jaxlayout.graph.program import count_transposes, equations
 from jaxlayout.graph.sequence import _alone, _moved, _offered
@@ -474,7 +474,7 @@ def chains(draw: Any) -> tuple[tuple[ConvSignature, ...], ConvDimensionNumbers, 
     jaxpr = jax.make_jaxpr(net)(x, *kernels)
     found = [eqn for eqn in equations(jaxpr) if eqn.primitive.name == "conv_general_dilated"]
     ops = tuple(ConvSignature.of(*(v.aval for v in eqn.invars), eqn.params) for eqn in found)
-    assert all(written_order(eqn.params) == written for eqn in found)
+    assert all(written_dims(eqn.params) == written for eqn in found)
     return ops, written, jaxpr
 
 

@@ -23,7 +23,7 @@ class Toy(Lowering):
 
     name = "toy"
 
-    def orders(self, conv):
+    def dimension_numbers(self, conv):
         yield ConvDimensionNumbers.channels_first(conv.rank)
 
     def apply(self, conv, dims, lhs, prepared):

@@ -1,4 +1,4 @@
-"""`auto_layout`: the decorator, the one place that runs the whole line of stages.
+"""`auto_layout`: the decorator, which runs the whole line of stages behind `jax.jit`.
 
 The wrapper is `jax.jit` of a body that traces the user's function, tunes it (in a thread of its own, where the
 tracing under way cannot reach) and evaluates it under the plan. A warm call is a jit call.
@@ -108,6 +108,10 @@ def auto_layout(fun: Any = None, /, *, plan: Plan | None = None, **keywords: Any
     return AutoLayout(fun, Options.from_environment(**given), plan, jit)
 
 
+_Look = tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]
+"""A program, its outcome, the arguments where they are real, and their shardings."""
+
+
 @dataclass(slots=True)
 class _Call:
     """A call, to be entered for as long as it is under way: the body sees it where the shapes are new. It cannot be
@@ -202,15 +206,15 @@ class AutoLayout:
         One jit serves all shapes, for the sake of its fast calls. So the first program that is planned decides, and one
         that would rather do without decides against them for good.
         """
-        self._compiler_options = options
+        self._extra_options = options
         self._entry: Any = self._jitted()
         self._placed: dict[Any, Any] = {}  # others, by the placements of the arguments
 
     def _jitted(self) -> Any:
         jit_keywords = dict(self._tuner.jit_keywords)
-        if self._compiler_options:
+        if self._extra_options:
             given = jit_keywords.get("compiler_options")
-            jit_keywords["compiler_options"] = with_options(given, self._compiler_options)
+            jit_keywords["compiler_options"] = with_options(given, self._extra_options)
         return jax.jit(self._body("entry", decides=True), **jit_keywords)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -289,21 +293,19 @@ class AutoLayout:
         jaxpr, outcome, arrays, shardings = self._looked_at(args, kwargs)
         return self._tuner.explained(jaxpr, outcome, device_of(arrays or ()), shardings=shardings)
 
-    def _looked_at(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None
-    ) -> tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]:
-        """Run the body once more (its plan is in the table by now, or gets there) and look at its outcome: the program,
-        that, the arguments where they are real, and their shardings."""
-        seen: list[tuple[Any, Outcome, Sequence[Any] | None, Sequence[Any] | None]] = []
+    def _looked_at(self, args: tuple[Any, ...], kwargs: dict[str, Any], executor: Executor | None = None) -> _Look:
+        """Run the body once more (its plan is in the table by now, or gets there) and look at what comes of it."""
+        seen: list[_Look] = []
         with _Call(self._calls, args, kwargs, executor), jax.disable_jit(False):
             jax.jit(self._body("entry", seen.append), **self._tuner.jit_keywords).trace(*args, **kwargs)
         return seen[0]
 
     def _body(
-        self, context: Context, seen: Callable[[Any], None] | None = None, *, decides: bool = False
+        self, context: Context, look: Callable[[_Look], None] | None = None, *, decides: bool = False
     ) -> Callable[..., Any]:
         """What is jitted: the user's function traced, tuned, and evaluated under its plan. `decides`: the plan may want
-        compiler options, and `_CompileWith` is raised where they are not those of this jit."""
+        compiler options, and `_CompileWith` is raised where they are not those of this jit. `look`: called with what
+        came of it. It is only looked at then: as a program by itself wherever it is called, and never run."""
         tuner = self._tuner
         fun = tuner.fun
 
@@ -312,7 +314,7 @@ class AutoLayout:
                 return fun(*args, **kwargs)
             leaves, tree = jax.tree.flatten((args, kwargs))
             places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tracer)]
-            part = seen is None and tuner.is_part()
+            part = look is None and tuner.is_part()
             with nullcontext() if part else tuner.as_one():
                 jaxpr, arrays, out_tree = program_of(tuner.source, args, kwargs, places)
             if part:
@@ -329,27 +331,29 @@ class AutoLayout:
                 outer = consts_of(jaxpr)
                 jaxpr, arrays = consts_as_arguments(jaxpr, arrays), [*outer, *arrays]
                 concrete = shardings = None
-            choose = (decides or seen is not None) and self._compiler_options != {}
+            choose = (decides or look is not None) and self._extra_options != {}
             try:
                 executor = None if call is None else call.executor
-                outcome = tuner.tuned(jaxpr, concrete, shardings, context, choose_options=choose, executor=executor)
+                outcome = tuner.tuned(
+                    jaxpr, concrete, shardings, context, choose_compiler_options=choose, executor=executor
+                )
             except NoTurn as late:
                 if decides:
                     raise
                 outcome = postponed(tuner.name, late)
-            if decides and outcome.plan.compiler_options != (self._compiler_options or {}):
-                raise _CompileWith(outcome.plan.compiler_options if self._compiler_options is None else {})
-            if decides or seen is not None:
+            if decides and outcome.plan.compiler_options != (self._extra_options or {}):
+                raise _CompileWith(outcome.plan.compiler_options if self._extra_options is None else {})
+            if decides or look is not None:
                 outcome, first = tuner.not_fatal(jaxpr, outcome)
-                if first is not None and seen is None and call is not None and call.run:
+                if first is not None and look is None and call is not None and call.run:
                     first.begin()
                     call.first = first
-            if seen is not None:
-                seen((jaxpr, outcome, concrete, shardings))
+            if look is not None:
+                look((jaxpr, outcome, concrete, shardings))
             selector = None if decides else tuner.selector_for(outcome)  # under a transformation others may be derived
             return jax.tree.unflatten(out_tree, retrace(jaxpr, outcome.applied, selector)(*arrays))
 
-        return fun if seen is None and self.options.policy == "off" else StandIn(body, tuner.source)
+        return fun if look is None and self.options.policy == "off" else StandIn(body, tuner.source)
 
 
 def tune(fun: Callable[..., Any], /, *args: Any, executor: Executor | None = None, **kwargs: Any) -> Outcome:

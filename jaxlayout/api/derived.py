@@ -13,7 +13,7 @@ import jax
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.primitive import tuned_conv
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.signature import ConvSignature, written_dims
 from jaxlayout.graph.rules import is_placed
 from jaxlayout.measure.turns import NoTurn
 from jaxlayout.runtime.nesting import inside
@@ -36,7 +36,7 @@ class MeasuringSelector:
         self, lhs: Any, rhs: Any, lowering: str, params: Mapping[str, Any], platforms: Sequence[str]
     ) -> Candidate:
         """The best candidate; the convolution as written where there is nothing to go by."""
-        written = Candidate(lowering, written_order(params))
+        written = Candidate(lowering, written_dims(params))
         # Of several processes, each would choose by itself, and nobody knows which of them are here.
         alone = self.options.policy != "auto" or jax.process_count() == 1
         symbolic = not all(isinstance(size, int) for size in (*lhs.shape, *rhs.shape))

@@ -282,7 +282,7 @@ class Frozen:
     def _planned(self, traced: _Traced, context: Context, choose: bool) -> tuple[Any, Outcome, bool]:
         """The program that was planned, what tuning came to, and whether that is so for good. `choose`: whether
         compiler options may be."""
-        jaxpr, tuned = traced.jaxpr, partial(self._tuner.tuned, choose_options=choose, frozen=traced.frozen)
+        jaxpr, tuned = traced.jaxpr, partial(self._tuner.tuned, choose_compiler_options=choose, frozen=traced.frozen)
         given = traced.concrete, traced.shardings, context
         # Folding rounds kernels anew: only where numbers are compared.
         judged = self._tuner.options.policy == "auto" and not spans_processes(traced.shardings or ())

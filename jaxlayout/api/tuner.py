@@ -88,7 +88,7 @@ class Tuner:
         context: Context,
         frozen: Sequence[bool] = (),
         original: Any = None,
-        choose_options: bool = False,
+        choose_compiler_options: bool = False,
         executor: Executor | None = None,
     ) -> Outcome:
         """Tune in a worker thread, where no trace is under way; the caller's thread-local settings go along.
@@ -112,7 +112,7 @@ class Tuner:
                     options=self.options,
                     context=context,
                     compiler_options=self._compiler_options(context),
-                    choose_options=choose_options,
+                    choose_compiler_options=choose_compiler_options,
                     pinned=self.pinned,
                     executor=executor,
                     progress=progress,

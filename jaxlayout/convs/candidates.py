@@ -44,7 +44,7 @@ def candidates(
     found = {written: None}
     for lowering in lowerings().values():
         kernels: dict[tuple[ConvLayout, ConvLayout], list[KernelLayout]] = {}
-        for dims in lowering.orders(conv):
+        for dims in lowering.dimension_numbers(conv):
             kernels.setdefault((dims.lhs, dims.out), []).append(dims.rhs)
         for (lhs, out), offered in kernels.items():
             asked = written.dims.rhs

@@ -57,13 +57,14 @@ class Lowering(ABC):
     Each form of it is run in a process of its own first, which has to be able to import its class by name."""
 
     @abstractmethod
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         """The layouts it is native in, the likely best first; nothing where it does not apply."""
 
     def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
         """Whether it computes a convolution in these layouts."""
         fits = (
-            (d.lhs, d.out) == (dims.lhs, dims.out) and (self.any_kernel or d.rhs == dims.rhs) for d in self.orders(conv)
+            (d.lhs, d.out) == (dims.lhs, dims.out) and (self.any_kernel or d.rhs == dims.rhs)
+            for d in self.dimension_numbers(conv)
         )
         return any(fits)
 
@@ -75,7 +76,7 @@ class Lowering(ABC):
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: Any) -> jax.Array:
         """out, in the layout `dims.out` and of dtype `conv.out_dtype`. No array has an axis of size 0."""
 
-    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+    def least_work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         """The least that it does: multiply-adds, and bytes read or written. Default: the plain sum without the zeros of
         padding and dilation, each operand and out once."""
         return conv.products, conv.nbytes
@@ -93,7 +94,7 @@ class Lowering(ABC):
         return (self.name,) if depth and self.native(conv, dims) else ()
 
 
-def usual_orders(conv: ConvSignature) -> Iterator[ConvDimensionNumbers]:
+def usual_dimension_numbers(conv: ConvSignature) -> Iterator[ConvDimensionNumbers]:
     """What a lowering that is at home in any order offers: what autodiff writes in a channels-last network, if it is
     a kernel gradient, channels last, and channels first."""
     if conv.is_kernel_gradient:
@@ -123,9 +124,9 @@ class Composite(Lowering):
 
         return self.compose(conv, dims, lhs, prepared, convolve)
 
-    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+    def least_work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         parts = _parts(self.name, conv, dims)
-        return sum(lowering_named(self._inside(*part)).work(*part)[0] for part in parts), conv.nbytes
+        return sum(lowering_named(self._inside(*part)).least_work(*part)[0] for part in parts), conv.nbytes
 
     def divisible(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:
         parts = _parts(self.name, conv, dims)

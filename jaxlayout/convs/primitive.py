@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, auto_axes
 
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import evaluate, lowering_named, may_crash, xla_for
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.signature import ConvSignature, written_dims
 from jaxlayout.runtime._compat import divides, eval_equations
 
 tuned_conv_p = Primitive("tuned_conv")
@@ -79,14 +79,14 @@ def is_explicit(aval: Any) -> bool:
 def inherited(name: str, conv: ConvSignature, params: Mapping[str, Any]) -> str:
     """The lowering for a convolution derived from one computed by `name`, if nobody chooses: the same where it is
     native in the order the derived one has and nobody has to see first whether it runs, else XLA's own."""
-    native = lowering_named(name).native(conv, written_order(params))
+    native = lowering_named(name).native(conv, written_dims(params))
     return name if native and not may_crash(name) else "xla"
 
 
 def _lower(
     ctx: Any, lhs: Any, rhs: Any, *, lowering: str, selector: LoweringSelector | None, derived: bool, **params: Any
 ) -> Any:
-    written = written_order(params)
+    written = written_dims(params)
     (lhs_type, rhs_type), (out_type,) = ctx.avals_in, ctx.avals_out
     conv, chosen = ConvSignature.of(lhs_type, rhs_type, params), Candidate(lowering, written)
     if divides(ctx):

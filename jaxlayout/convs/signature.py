@@ -15,8 +15,9 @@ from jax import lax
 from jaxlayout.layout import ConvDimensionNumbers, ConvLayout, KernelLayout
 
 Context = Literal["entry", "nested"]
-"""Where a convolution is compiled: in the entry computation, or in a loop body, branch or called computation,
-which XLA's CPU backend lays out differently."""
+"""Where a convolution is compiled: "entry", in the entry computation, or "nested", in a loop body or a branch, which
+XLA's CPU backend lays out differently. A call is part of what calls it, as XLA inlines it. Of a decorated function that
+is called inside another jit all is nested: where that stands is not known."""
 
 _WIDE = frozenset(map(np.dtype, (np.float64, np.int64, np.uint64, np.complex128)))
 
@@ -44,7 +45,7 @@ class ConvSignature:
     preferred_element_type: np.dtype | None = None
     precision: Any = None
     context: Context = "entry"
-    """Where it is compiled: in the entry computation, or nested in a loop, a branch or a call."""
+    """Where it is compiled."""
 
     @classmethod
     def of(cls, lhs: Any, rhs: Any, params: Mapping[str, Any], context: Context = "entry") -> ConvSignature:
@@ -310,6 +311,6 @@ def _precision_named(names: Any) -> Any:
     return tuple(map(_precision_named, names)) if isinstance(names, list) else names and lax.Precision[names]
 
 
-def written_order(params: Mapping[str, Any]) -> ConvDimensionNumbers:
+def written_dims(params: Mapping[str, Any]) -> ConvDimensionNumbers:
     """The layouts in which an equation has its operands and result."""
     return ConvDimensionNumbers.from_lax(params["dimension_numbers"])

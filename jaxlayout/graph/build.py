@@ -19,7 +19,7 @@ from jax.extend.core import Literal as LiteralAtom
 from jaxlayout.convs.candidates import Candidate
 from jaxlayout.convs.lowering import batch_sequential, lowering_named, may_crash, xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
-from jaxlayout.convs.signature import Context, ConvSignature, written_order
+from jaxlayout.convs.signature import Context, ConvSignature, written_dims
 from jaxlayout.graph import shards
 from jaxlayout.graph.program import plain
 from jaxlayout.graph.rules import (
@@ -191,14 +191,15 @@ def _rank(atom: Any) -> int:
 
 def _through(port: Port) -> Callable[[int, Order], Mode | None]:
     """How orders pass through a port: the mode in which one of its values has an order."""
-    outer, results = len(port.operands), len(port.operands) + len(port.outvars) + len(port.invars)
+    first_inner = len(port.operands)
+    first_result = first_inner + len(port.outvars) + len(port.invars)
 
     def extend(slot: int, order: Order) -> Mode | None:
-        inside = port.inside(port.outside(order) if outer <= slot < results else order)
+        inside = port.inside(port.outside(order) if first_inner <= slot < first_result else order)
         if inside is None:
             return None
         outside = port.outside(inside)
-        operands = (outside,) * outer + (inside,) * len(port.outvars)
+        operands = (outside,) * first_inner + (inside,) * len(port.outvars)
         return Mode(operands, (inside,) * len(port.invars) + (outside,) * len(port.results))
 
     return extend
@@ -308,9 +309,9 @@ class _Builder:
         places = [place.within(b, body) for b, body in enumerate(bodies)]
         invars = [open_jaxpr(body.jaxpr).invars for body in bodies]
         entering = {
-            place: shards.entering(eqn, port, self.divisions[operands[port.operands[0]]])
+            end: shards.entering(eqn, port, self.divisions[operands[port.operands[0]]])
             for port in rule.ports(eqn)
-            for place in port.invars
+            for end in port.invars
         }
         given = [
             [self.value(v.aval, within, entering.get((b, i))) for i, v in enumerate(vars_)]
@@ -330,7 +331,8 @@ class _Builder:
         for port in rule.ports(eqn):
             taken = [*(operands[i] for i in port.operands), *(left[b][i][0] for b, i in port.outvars)]
             made = [*(given[b][i] for b, i in port.invars), *(results[i] for i in port.results)]
-            extend, slot = _through(port), min(len(port.operands), len(taken) + len(made) - 1)
+            slot = min(len(port.operands), len(taken) + len(made) - 1)  # of a body, where the port has one there
+            extend = _through(port)
             written = extend(slot, identity(len(self.values[(*taken, *made)[slot]].shape)))
             assert written is not None
             self.add(place, "port", taken, made, (written,), extend, name=str(eqn.primitive), port=port)
@@ -342,7 +344,7 @@ class _Builder:
         conv, division = shards.of_convolution(full, eqn.params, *(self.divisions[i] for i in operands))
         (out,) = eqn.outvars
         results = [self.value(out.aval, place, shards.of_type(out.aval) or division)]
-        written = written_order(eqn.params)
+        written = written_dims(eqn.params)
 
         numbers, (images, kernels) = eqn.params["dimension_numbers"], (self.divisions[i] for i in operands)
         positions = [*(images[a] for a in numbers.lhs_spec[2:]), *(kernels[a] for a in numbers.rhs_spec[2:])]

@@ -28,7 +28,7 @@ class Conversion:
     held: Order
     wanted: Order
     before: Path
-    """The equation that wants it; () for the function's own results."""
+    """The equation that wants it, or the user's own transpose; () for the function's own results."""
     times: float = 1.0
     """How often it is done each time the program runs."""
 
@@ -40,13 +40,13 @@ class Plan:
     whose time depends on the order."""
 
     choices: Mapping[Path, Mode] = field(default_factory=dict)
-    """The mode of each equation that changes, by its path."""
+    """By path. A convolution that has a mode becomes a `tuned_conv`, also where it stays as written."""
     conversions: tuple[Conversion, ...] = ()
-    """The transposes that the rewritten program has."""
+    """The transposes that the rewritten program does each time it runs (not what `freeze` does once)."""
     predicted_ns: float = 0.0
-    """The time of the program as planned."""
+    """The cost of the program as planned: times with what is added to them (`CostModel.node_ns`)."""
     written_ns: float = 0.0
-    """The time of the program as the user wrote it."""
+    """The cost of the program as the user wrote it."""
     bound_ns: float = 0.0
     """No plan over the same candidates and costs is cheaper."""
     exact: bool = True

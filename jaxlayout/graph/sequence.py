@@ -53,7 +53,7 @@ def select_layout_for_sequence(
 def _offered(
     op: ConvSignature, policy: LayoutPolicy, written: ConvDimensionNumbers | None
 ) -> tuple[ConvDimensionNumbers, ...]:
-    common = lowering_named("xla").orders(op.cropped)
+    common = lowering_named("xla").dimension_numbers(op.cropped)
     return tuple(dict.fromkeys((*([written] if written else ()), policy.preferred(op.rank, op.lhs_dtype), *common)))
 
 

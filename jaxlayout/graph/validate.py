@@ -11,7 +11,7 @@ from jax.extend import source_info_util
 from jaxlayout.convs.candidates import Candidate, candidates
 from jaxlayout.convs.lowering import xla_for
 from jaxlayout.convs.primitive import CONVOLUTIONS, chosen_lowering
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.signature import ConvSignature, written_dims
 from jaxlayout.graph.build import Mode, Path
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Orders, RegionRule, Rule, bodies_of, follow, rule_for
@@ -69,7 +69,7 @@ def _objection(eqn: Any, mode: Mode, relaxed: bool) -> str:
 def _site_objection(eqn: Any, mode: Mode, candidate: Candidate, relaxed: bool) -> str:
     if eqn.primitive not in CONVOLUTIONS:
         return "is not a convolution"
-    dims = written_order(eqn.params)
+    dims = written_dims(eqn.params)
     lhs, rhs = (v.aval for v in eqn.invars)
     conv = ConvSignature.of(lhs, rhs, eqn.params)
     written = Candidate(chosen_lowering(eqn.params), dims)

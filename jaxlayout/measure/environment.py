@@ -86,7 +86,8 @@ class Environment:
     measuring: int
     """`MEASURING`."""
     versions: Pairs
-    """For plans: what they depend on beside the rest, lowerings and rules, registered ones too, with their versions."""
+    """What else the key depends on: of plans lowerings and rules with their versions, options and context; of
+    measurements the compiler options; of proofs the machine."""
     jax: str
     jaxlib: str
     xla: str

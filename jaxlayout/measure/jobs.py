@@ -36,22 +36,23 @@ REFERENCE_MACS = 5 * 10**9
 """The reference is computed for as many images as this many multiply-adds allow (about a quarter of a second)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Alternatives to be timed against each other: functions of the same arrays, in orders of their own."""
+    """Alternatives to be timed against each other: functions of the same arrays, each in an order of its own."""
 
     key: str
-    """What is computed, the key in the table."""
+    """What is computed: the key in the table, there called the signature."""
     alternatives: Mapping[str, Callable[..., Any]]
-    """By id, the first is the one written in the program; physical arrays in, one array out."""
+    """By id, there called the candidate; the first is the one written. Physical arrays in, one array out."""
     inputs: Callable[[], tuple[Callable[[str], tuple[np.ndarray, ...]], Callable[[str, Any], float] | None]]
-    """Draws the inputs: gives the arrays for an alternative, and the error of its output (or None)."""
+    """Draws the inputs, and gives two functions: of an alternative's id, its arrays; of that and its output, the error
+    (None: it is not checked)."""
     bound: Callable[[float], float] = lambda written: np.inf
     """The error allowed, given that of the one written, which may be wrong itself."""
     context: Context = "entry"
-    orders: Callable[[str], Any] | None = None
-    """The orders of an alternative, where what it does is known. What was measured in them stands for any other."""
-    work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
+    dims: Callable[[str], Any] | None = None
+    """The layouts of an alternative, where what it does is known. What was measured in them stands for any other."""
+    least_work: Callable[[str], tuple[int, int]] = lambda name: (0, 0)
     """The least that an alternative does: multiply-adds in float32, and bytes."""
     form: Callable[[str], tuple[ConvSignature, Candidate] | None] = lambda name: None
     """The form of an alternative that may crash: what has to be seen to run elsewhere before it is compiled here."""
@@ -104,8 +105,8 @@ def conv_job(conv: ConvSignature, candidates: Sequence[Candidate]) -> Job:
 
         return arrays, error
 
-    def work(name: str) -> tuple[int, int]:
-        macs, nbytes = lowering_named(named[name].lowering).work(conv, dims[name])
+    def least_work(name: str) -> tuple[int, int]:
+        macs, nbytes = lowering_named(named[name].lowering).least_work(conv, dims[name])
         # Half precision and integers may have arithmetic of their own that is faster.
         return macs if min(conv.lhs_dtype.itemsize, conv.rhs_dtype.itemsize) >= 4 else 0, nbytes
 
@@ -114,15 +115,15 @@ def conv_job(conv: ConvSignature, candidates: Sequence[Candidate]) -> Job:
     rounds_more = eps and default_device().platform != "cpu"
     explained = max(allowed, COARSE if rounds_more else min(UNEXPLAINED * allowed, COARSE))
     return Job(
-        conv.key,
-        {name: alternative(candidate) for name, candidate in named.items()},
-        inputs,
-        lambda written: max(2 * written if written <= explained else 0.0, allowed),
-        conv.context,
-        lambda name: dims[name],
-        work,
-        lambda name: (conv, named[name]) if may_crash(named[name].lowering) else None,
-        partial(conv_job, conv, candidates),
+        key=conv.key,
+        alternatives={name: alternative(candidate) for name, candidate in named.items()},
+        inputs=inputs,
+        bound=lambda written: max(2 * written if written <= explained else 0.0, allowed),
+        context=conv.context,
+        dims=lambda name: dims[name],
+        least_work=least_work,
+        form=lambda name: (conv, named[name]) if may_crash(named[name].lowering) else None,
+        make=partial(conv_job, conv, candidates),
     )
 
 
@@ -134,9 +135,9 @@ def transpose_job(shape: Sequence[int], dtype: Any, permutation: Order, context:
         return lambda name: (array,), None
 
     return Job(
-        transpose_key(shape, dtype, permutation, context),
-        {"transpose": lambda x: lax.transpose(x, permutation)},
-        inputs,
+        key=transpose_key(shape, dtype, permutation, context),
+        alternatives={"transpose": lambda x: lax.transpose(x, permutation)},
+        inputs=inputs,
         context=context,
         make=partial(transpose_job, shape, dtype, permutation, context),
     )

@@ -35,7 +35,7 @@ CANDIDATE_SECONDS = 0.35
 SLOW = 1.5
 """A candidate this many times slower than the best after MIN_ROUNDS is dropped, twice this after one."""
 MARGIN = 1.2
-"""A candidate that would gain no more than this on another in the same orders, were it at the peaks, is not tried."""
+"""A candidate that would gain no more than this on another in the same layouts, were it at the peaks, is not tried."""
 MIN_SAMPLE_NS = 200_000
 """A sample repeats the call until it lasts this long, so that the clock and the dispatch do not matter."""
 CHUNK = 6
@@ -101,7 +101,7 @@ def measure(
     compiler_options: CompilerOptions = None,
     peaks: Peaks | None = None,
     turns: Turns | None = None,
-    known: Callable[[Job], bool] = lambda job: False,
+    learned: Callable[[Job], bool] = lambda job: False,
     prove: Prove | None = None,
 ) -> Generator[tuple[Job, dict[str, Measurement]]]:
     """Compile, check and time the alternatives of jobs on `device`, giving each job's records as it is done.
@@ -109,16 +109,16 @@ def measure(
     Takes about a tenth of a second to compile an alternative and half a second to time one that stays in the
     race. `memory_bytes`: a candidate with more temporary memory is not run. `relax`: multiplies the error allowed.
     `peaks`: the machine's; without, all are compiled. `turns`: how it stands in line to time; what is given is given in
-    its turn. `known`: whether somebody else has measured a job by now: there are no records of that. `prove`: asked of
-    what may crash; without, none of it is run. Raises NoTurn.
+    its turn. `learned`: whether somebody else has measured a job by now: there are no records of that. `prove`: asked
+    of what may crash; without, none of it is run. Raises NoTurn.
     """
     turns = turns or Turns()
     with Workers(2) as pool:
         for start in range(0, len(jobs), CHUNK):
             chunk = jobs[start : start + CHUNK]
-            left = [job for job in chunk if not known(job)]
+            left = [job for job in chunk if not learned(job)]
             trials = {job.key: _Trials(job, device, memory_bytes, relax, peaks, turns) for job in left}
-            for wave in (_Trials.firsts, _Trials.left):
+            for wave in (_Trials.first_wave, _Trials.second_wave):
                 under_way = [(t, t.compile(t.proved(wave(t), prove), pool, compiler_options)) for t in trials.values()]
                 for _, futures in under_way:
                     wait(futures.values())
@@ -126,7 +126,7 @@ def measure(
                     t.enter(futures)
             for job in chunk:
                 with turns.timing():
-                    yield job, {} if job.key not in trials or known(job) else trials[job.key].records()
+                    yield job, {} if job.key not in trials or learned(job) else trials[job.key].time()
 
 
 class _Trials:
@@ -137,11 +137,11 @@ class _Trials:
     ):
         turns.pause()
         self.job, self.device, self.memory_bytes, self.relax, self.turns = job, device, memory_bytes, relax, turns
-        self.peaks = peaks if job.orders is not None else None
+        self.peaks = peaks if job.dims is not None else None
         self.arrays, self.error_of = job.inputs()
         self.on_device: dict[tuple[Any, ...], Any] = {}
         self.running: dict[str, Trial] = {}
-        self.known: dict[str, Measurement] = {}
+        self.settled: dict[str, Measurement] = {}
         self.same: dict[str, str] = {}
         self.programs: dict[str, str] = {}
         self.allowed = relax * job.bound(0.0)
@@ -163,7 +163,7 @@ class _Trials:
                 self.turns.pause()
                 found = prove(*form) if prove else failed("failed", "it may crash, and nobody tries it first")
                 if found.status != "ok":
-                    self.known[name] = found
+                    self.settled[name] = found
                     continue
             yield name
 
@@ -186,7 +186,7 @@ class _Trials:
                 trial = future.result()
                 if self.memory_bytes is not None and (trial.temp_bytes or 0) > self.memory_bytes:
                     needs = f"needs {trial.temp_bytes} bytes of temporary memory, {self.memory_bytes} are allowed"
-                    self.known[name] = trial.failed("memory", needs)
+                    self.settled[name] = trial.failed("memory", needs)
                     continue
                 if trial.program in self.programs:
                     self.same[name] = self.programs[trial.program]
@@ -200,13 +200,13 @@ class _Trials:
             except NoTurn:
                 raise
             except Exception as error:  # whatever a lowering, the compiler or the device raises is its result
-                self.known[name] = (trial.failed if trial else failed)("failed", repr(error))
+                self.settled[name] = (trial.failed if trial else failed)("failed", repr(error))
                 continue
             if name == next(iter(self.job.alternatives)) and trial.error is not None:
                 self.allowed = self.relax * self.job.bound(trial.error)
             self.programs[trial.program] = name
             if wrong := self.wrong(trial):
-                self.known[name] = trial.failed("wrong", wrong)
+                self.settled[name] = trial.failed("wrong", wrong)
             else:
                 self.running[name] = trial
 
@@ -223,38 +223,39 @@ class _Trials:
             return ""
         return f"error {trial.error:.3g}, allowed {self.allowed:.3g}"
 
-    def firsts(self) -> Iterable[str]:
-        """What to compile first: the alternative written, and of each other orders one."""
-        alternatives, orders = list(self.job.alternatives), self.job.orders
-        if self.peaks is None or orders is None:
+    def first_wave(self) -> Iterable[str]:
+        """What to compile first: the alternative written, and of each other layouts one."""
+        alternatives, dims = list(self.job.alternatives), self.job.dims
+        if self.peaks is None or dims is None:
             return alternatives
-        each = {orders(name): name for name in reversed(alternatives)}
-        return [name for name in alternatives if each[orders(name)] == name]
+        each = {dims(name): name for name in reversed(alternatives)}
+        return [name for name in alternatives if each[dims(name)] == name]
 
-    def left(self) -> Iterable[str]:
-        """The others that may still win."""
-        left = [name for name in self.job.alternatives if name not in {*self.running, *self.known, *self.same}]
-        if not left or self.peaks is None or self.job.orders is None:
+    def second_wave(self) -> Iterable[str]:
+        """The others that may still win against the first, which are timed once; those that cannot are settled, as
+        pruned."""
+        left = [name for name in self.job.alternatives if name not in {*self.running, *self.settled, *self.same}]
+        if not left or self.peaks is None or self.job.dims is None:
             return left
         with self.turns.timing():
             self.peaks.look()
-            seen = {self.job.orders(name): trial.first() for name, trial in self.running.items()}
+            seen = {self.job.dims(name): trial.first() for name, trial in self.running.items()}
         for name in left:
-            least, best = self.peaks.least_ns(*self.job.work(name)), seen.get(self.job.orders(name), np.inf)
+            least, best = self.peaks.least_ns(*self.job.least_work(name)), seen.get(self.job.dims(name), np.inf)
             if best < MARGIN * least:
-                why = f"takes {least / 1e6:.3g} ms at least, another in the same orders {best / 1e6:.3g}"
-                self.known[name] = failed("pruned", why)
-        return [name for name in left if name not in self.known]
+                why = f"takes {least / 1e6:.3g} ms at least, another in the same layouts {best / 1e6:.3g}"
+                self.settled[name] = failed("pruned", why)
+        return [name for name in left if name not in self.settled]
 
-    def records(self) -> dict[str, Measurement]:
-        """Time what is left against each other."""
+    def time(self) -> dict[str, Measurement]:
+        """Time what runs against each other, and give what became of all."""
         time_in_rounds(list(self.running.values()))
         for name, trial in self.running.items():
             if trial.status == "ok" and trial.warming >= WARM_NS:  # long: not run once more to lose the race
                 self.look_again(name, trial)
                 if wrong := self.wrong(trial):
                     trial.status, trial.detail = "wrong", wrong
-        found = self.known | {name: trial.measurement() for name, trial in self.running.items()}
+        found = self.settled | {name: trial.measurement() for name, trial in self.running.items()}
         found |= {name: found[other] for name, other in self.same.items()}
         written = next(iter(self.job.alternatives))
         if found[written].status == "wrong":

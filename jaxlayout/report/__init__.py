@@ -1,7 +1,7 @@
 """`explain`: what was chosen for a program and why, as one value that is shown as text, HTML, JSON and pictures.
 
 - `value`: what there is to say, plain data.
-- `words`, `terminal`, `html`, `plots`: how that is shown.
+- `words`, `sections`, `terminal`, `html`, `plots`: how that is shown.
 - `explanation`: both in one.
 - `gather`, `flow`: how it comes from a program, its outcome and the cost table.
 """

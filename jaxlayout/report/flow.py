@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from jaxlayout.convs.signature import written_order
+from jaxlayout.convs.signature import written_dims
 from jaxlayout.graph.build import LayoutGraph, Mode, Node, Path
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.rules import Rule, rule_for
@@ -110,16 +110,16 @@ def axis_letters(graph: LayoutGraph, equations: Mapping[Path, Any]) -> dict[int,
             for node, eqn in touching[value]:
                 left.extend(_passed_on(node, eqn, letters))
 
-    for derived, roles in ((False, FORWARD), (True, FORWARD), (True, KERNEL_GRADIENT)):
-        for node in graph.sites:
-            eqn = equations[node.path]
-            assert node.conv is not None
-            gradient = KERNEL_GRADIENT if node.conv.is_kernel_gradient else FORWARD
-            if (is_derived(eqn), gradient) == (derived or gradient is KERNEL_GRADIENT, roles):
-                dims = written_order(eqn.params)
-                layouts = zip((*node.operands, *node.results), (dims.lhs, dims.rhs, dims.out), roles, strict=True)
-                for value, layout, named in layouts:
-                    learn(value, tuple(layout.axes.translate(named)))
+    def of_kernel(node: Node) -> bool:
+        return node.conv is not None and node.conv.is_kernel_gradient and is_gradient(equations[node.path])
+
+    # Forward convolutions, then their input gradients, then their kernel gradients.
+    for node in sorted(graph.sites, key=lambda node: (of_kernel(node), is_gradient(equations[node.path]))):
+        dims = written_dims(equations[node.path].params)
+        roles = KERNEL_GRADIENT if of_kernel(node) else FORWARD
+        layouts = zip((*node.operands, *node.results), (dims.lhs, dims.rhs, dims.out), roles, strict=True)
+        for value, layout, named in layouts:
+            learn(value, tuple(layout.axes.translate(named)))
     return letters
 
 
@@ -128,7 +128,7 @@ KERNEL_GRADIENT = tuple(map(str.maketrans, ({"N": "C", "C": "N"}, {"O": "C", "I"
 """What the axes of lhs, rhs and out are where autodiff writes a kernel's gradient as a convolution."""
 
 
-def is_derived(eqn: Any) -> bool:
+def is_gradient(eqn: Any) -> bool:
     """Whether an equation comes from reverse differentiation."""
     return "transpose(" in str(eqn.source_info.name_stack)
 

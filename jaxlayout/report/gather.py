@@ -20,7 +20,7 @@ from jaxlayout.graph.solve import wiring
 from jaxlayout.graph.validate import located
 from jaxlayout.layout import Order, identity, moves_data
 from jaxlayout.report.explanation import Explanation, Site
-from jaxlayout.report.flow import Flow, axis_letters, converted, is_derived, modes_under, nearest_anchor, order_name
+from jaxlayout.report.flow import Flow, axis_letters, converted, is_gradient, modes_under, nearest_anchor, order_name
 from jaxlayout.report.value import Barrier, Move, Transpose, Tried, short_line
 from jaxlayout.rewrite.invariant import invariant_values
 from jaxlayout.tuning.model import CostModel
@@ -42,9 +42,9 @@ def explain(
     frozen: Sequence[bool] = (),
     divided: Mapping[Any, Division] = MappingProxyType({}),
 ) -> Explanation:
-    """The explanation of what came of a closed jaxpr. `model`: the costs it was planned by. `relaxed`: whether relaxed
-    candidates were allowed. `frozen`: which arguments are, if any. `divided`: how they are among devices; all shapes
-    are those of one device's pieces."""
+    """The explanation of what came of a closed jaxpr. `model`: costs of the environment that it was planned
+    in. `relaxed`: whether relaxed candidates were allowed. `frozen`: which arguments are, if any. `divided`: how they
+    are among devices; all shapes are those of one device's pieces."""
 
     def offered(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
         return model.candidates(conv, written, relaxed=relaxed)
@@ -90,7 +90,7 @@ class _Gathered:
             line=line,
             caller=caller,
             scope=str(eqn.source_info.name_stack),
-            kind=kind_of(conv, derived=is_derived(eqn)),
+            kind=kind_of(conv, derived=is_gradient(eqn)),
             lhs=self.graph.values[node.operands[0]].shape,
             rhs=self.graph.values[node.operands[1]].shape,
             out=self.graph.values[node.results[0]].shape,
@@ -116,7 +116,7 @@ class _Gathered:
         found = []
         for c in converted(self.graph, self.modes):
             described, letters = self.graph.values[c.value], self.letters.get(c.value)
-            seen = self.model.conversion(described.shape, described.dtype, c.held, c.wanted)
+            seen = self.model.conversion_measurement(described.shape, described.dtype, c.held, c.wanted)
             found.append(
                 Move(
                     shape=described.shape,
@@ -204,7 +204,7 @@ class _Gathered:
         """A node in a few words."""
         if node.conv is not None:
             eqn = self.equations[node.path]
-            return kind_of(node.conv, derived=is_derived(eqn))
+            return kind_of(node.conv, derived=is_gradient(eqn))
         return self.said(node) if node.kind in ("input", "output") else node.name
 
 

@@ -101,7 +101,7 @@ class Move:
     wanted_by: tuple[str, ...]
     times: float
     ns: float
-    """What the plan counts for one."""
+    """Of one: the measured median and spread, or a bound."""
     measured: bool
     """Whether that was timed; else it is less than it can be."""
 

@@ -1,6 +1,7 @@
 """The interpreter: a program under a plan, with explicit transposes exactly where the plan has conversions.
 It reads the plan's choices only: where the orders of a value differ between who makes it and who reads it a transpose
-is put in, and those are the plan's conversions (`tests/test_retrace.py`).
+is put in (`LayoutTensor.to_layout` makes it), and those are the plan's conversions and what is done once of frozen
+arguments (`tests/test_retrace.py`).
 
 Every equation is bound in sequence, in its own name scope and source line, so effects happen as often and in
 the order they did. A value is converted at most once to each order in the jaxpr that it lives in.
@@ -140,7 +141,7 @@ class _Interpreter:
         if inner is None:
             raise misfit(eqn, path, "cannot have the orders that the plan says")
         pairs = enumerate(zip(bodies, inner, strict=True))
-        retraced = [self.body(eqn, body.jaxpr, orders, (*path, b)) for b, (body, orders) in pairs]
+        retraced = [self.body(eqn, body.jaxpr, inside, (*path, b)) for b, (body, inside) in pairs]
         return rule.rebuild(eqn, retraced, arrays, orders)
 
     def body(self, eqn: Any, jaxpr: Any, orders: Orders, path: Path) -> Callable[..., list[Any]]:

@@ -18,7 +18,7 @@ from jax.extend.core import primitives as p
 
 from jaxlayout.convs.lowering import evaluate, lowering_named
 from jaxlayout.convs.primitive import is_explicit, tuned_conv_p
-from jaxlayout.convs.signature import ConvSignature, written_order
+from jaxlayout.convs.signature import ConvSignature, written_dims
 from jaxlayout.graph.rules import bodies_of
 from jaxlayout.rewrite.invariant import invariant_values, is_invariant
 from jaxlayout.runtime._compat import consts_of, eval_equations, open_jaxpr, run_equations
@@ -32,7 +32,7 @@ def flattened(function: Callable[..., Sequence[Any]], args: Sequence[Any], *, ex
     def bind(eqn: Any, operands: Sequence[Any]) -> list[Any] | None:
         if expand and eqn.primitive is tuned_conv_p:
             lhs, rhs = operands
-            name, conv, dims = eqn.params["lowering"], ConvSignature.of(lhs, rhs, eqn.params), written_order(eqn.params)
+            name, conv, dims = eqn.params["lowering"], ConvSignature.of(lhs, rhs, eqn.params), written_dims(eqn.params)
             # Others are seen to where they are lowered.
             if is_explicit(eqn.outvars[0].aval) or not lowering_named(name).divisible(conv, dims):
                 return None

@@ -29,7 +29,7 @@ class Measurement:
 
     `status`: "ok"; "wrong", it computes something else; "failed", it does not trace, compile or run;
     "memory", it needs more than allowed; "slow", dropped early as a clear loser, its time still known; "pruned", never
-    compiled, as it cannot be faster than what was measured in the same orders.
+    compiled, as it cannot be faster than what was measured in the same layouts.
     """
 
     status: Status

@@ -40,7 +40,7 @@ class CostModel:
     policy: LayoutPolicy
     context: Context = "entry"
     forbidden: frozenset[tuple[str, str]] = frozenset()
-    """Lowerings (signature key, name) ruled out for this program, because of their memory say."""
+    """Lowerings (signature key, name) ruled out for this program, for one, because of their memory."""
     byte_ns: float = 0.0
     """Charged for each byte of temporary memory and of converted copies: they take room, and a copy is in the way of
     what would have fused."""
@@ -137,7 +137,9 @@ class CostModel:
             return found.median_ns + (found.spread_ns or 0.0) + self.byte_ns * nbytes
         return self.policy.conversion_ns(nbytes) + self.byte_ns * nbytes
 
-    def conversion(self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order) -> Measurement | None:
+    def conversion_measurement(
+        self, shape: Sequence[int], dtype: Any, held: Order, wanted: Order
+    ) -> Measurement | None:
         """What was measured of one transpose, if anything."""
         return self._transpose(shape, dtype, held, wanted)[2]
 

@@ -16,7 +16,8 @@ class Options:
     """auto: what is measured to be fastest, never slower than the original. channels_last: every convolution channels
     last through XLA, unmeasured and unjudged, so maybe slower. off: as `jax.jit`, nothing is tuned."""
     on_miss: Literal["measure", "heuristic", "error"] = "measure"
-    """What to do where the table does not know a convolution: time it, believe the policy, or raise TableMiss."""
+    """What to do where the table does not know a convolution: time it, believe the device's `LayoutPolicy`, or raise
+    TableMiss."""
     time_budget: float = 300.0
     """Seconds that this process may spend on measuring, over all functions and shapes."""
     memory_limit: float = 1.25

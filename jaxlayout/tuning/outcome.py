@@ -25,11 +25,11 @@ class Outcome:
     verdict: Verdict
     source: str
     """Where the plan came from: measured, stored, pinned, nearest (measured, starting from the plan of another
-    shape), heuristic, forced (by the policy 'channels_last'), or none."""
+    shape), heuristic (not all was measured), forced (by the policy 'channels_last'), or none."""
     seconds: float = 0.0
     """Spent on tuning when the plan was made."""
     measured: int = 0
-    """How many convolutions and transposes were timed for it."""
+    """How many convolutions, transposes and other equations were timed for it."""
     folded: bool = False
     """Whether the plan is for a program with scales folded into its kernels."""
 

@@ -21,7 +21,7 @@ from jaxlayout.convs.lowering import lowerings, may_crash
 from jaxlayout.convs.lowerings.materialised import is_materialised
 from jaxlayout.convs.primitive import CONVOLUTIONS
 from jaxlayout.convs.signature import Context, ConvSignature
-from jaxlayout.graph.build import LayoutGraph, Path, build_graph
+from jaxlayout.graph.build import LayoutGraph, build_graph
 from jaxlayout.graph.plan import Plan
 from jaxlayout.graph.program import ProgramKey, equations, program_key
 from jaxlayout.graph.rules.base import rule_names
@@ -57,7 +57,7 @@ from jaxlayout.verify.accept import Verdict, allowance
 
 logger = logging.getLogger("jaxlayout")
 
-OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
+COMPILER_OPTION_SETS: dict[str, tuple[dict[str, str], ...]] = {"cpu": ({"xla_cpu_experimental_ynn_fusion_type": ""},)}
 """Compiler options, by platform, that may do a whole program good. The one for CPU turns YNNPACK's fusions off: jaxlib
 0.10 has them compute convolutions and matrix products, up to twice slower than Eigen does."""
 
@@ -84,7 +84,7 @@ def decide(request: TuningRequest) -> Outcome:
         return untouched("its shapes are symbolic")
     if pinned is not None:
         check_plan(jaxpr, pinned)
-        _check_options(pinned, itertools.chain(*OPTION_SETS.values()))
+        _check_compiler_options(pinned, itertools.chain(*COMPILER_OPTION_SETS.values()))
         extra = pinned.compiler_options
         check_runs(jaxpr, pinned, lambda: proofs_of(options, request.compiler_options, extra, request.stop))
         verdict = Verdict(kept=True, reason="pinned", cause="untried")
@@ -106,7 +106,7 @@ def decide(request: TuningRequest) -> Outcome:
         outcome = pipeline.run()
         if outcome.source == "stored":
             return outcome
-        for extra in pipeline.option_sets if pipeline.may_choose(outcome) else ():
+        for extra in pipeline.compiler_option_sets if pipeline.may_choose(outcome) else ():
             outcome = pipeline.under(extra, outcome)
         outcome = replace(outcome, seconds=time.monotonic() - start, folded=request.folded)
         if not request.stop.is_set():
@@ -129,9 +129,9 @@ def choose(jaxpr: Any, options: Options, progress: Progress, stop: threading.Eve
         jaxpr=jaxpr, original=jaxpr, options=options, context="nested", progress=progress, stop=stop
     )
     pipeline = Pipeline(request)
-    graph = pipeline.graph({})
+    graph = pipeline.graph()
     jobs = pipeline.model.missing_convolutions(graph)
-    if pipeline.measure("convolutions", jobs) < len(jobs):
+    if pipeline.measure_into_table("convolutions", jobs) < len(jobs):
         return Plan()
     most: dict[str, float] = {}
     for node in graph.sites:  # nobody judges the whole: what it takes by itself stays within the limit
@@ -171,7 +171,7 @@ class Pipeline:
         # Measurements outlive a release. What is planned from them, and judged, each release does anew.
         rules = {"jaxlayout": __version__, "rules": ",".join(rule_names())}
         compiled = compiled_with(self.compiler_options)
-        choices = {"context": self.context, "options": OPTION_SETS if request.choose_options else ""}
+        choices = {"context": self.context, "options": COMPILER_OPTION_SETS if request.choose_compiler_options else ""}
         choices |= that_decide(self.options)
         choices |= {"spans": True} if request.spans else {}
         lowered = config_values(LOWERED)
@@ -196,13 +196,13 @@ class Pipeline:
     def check(self, outcome: Outcome) -> None:
         """Raise ValueError where an outcome is not of this very program, or cannot be had here."""
         check_plan(self.jaxpr, outcome.plan, relaxed=self.options.relaxed)
-        _check_options(outcome.plan, self.option_sets)
+        _check_compiler_options(outcome.plan, self.compiler_option_sets)
         check_runs(self.jaxpr, outcome.applied, lambda: self.proofs_under(outcome.plan.compiler_options))
 
     @property
-    def option_sets(self) -> Sequence[Mapping[str, str]]:
+    def compiler_option_sets(self) -> Sequence[Mapping[str, str]]:
         """The compiler options that a plan may ask for here."""
-        return OPTION_SETS.get(self.device.platform, ()) if self.request.choose_options else ()
+        return COMPILER_OPTION_SETS.get(self.device.platform, ()) if self.request.choose_compiler_options else ()
 
     def proofs_under(self, extra: Mapping[str, str]) -> Proofs:
         """`proofs_of`, under compiler options beside the user's."""
@@ -213,13 +213,12 @@ class Pipeline:
         """Of what is planned here."""
         return self.proofs_under(self.extra)
 
-    def graph(self, near: dict[Path, Candidate]) -> LayoutGraph:
-        """The graph; of the candidates, what is worth timing beside those written."""
-        wanted = set(near.values())
+    def graph(self, near: Collection[Candidate] = ()) -> LayoutGraph:
+        """The graph; of the candidates, what is worth timing beside those written. `near`: see `PlanStore.nearest`."""
 
         def enumerate_candidates(conv: ConvSignature, written: Candidate) -> Sequence[Candidate]:
             candidates = self.model.candidates(conv, written, relaxed=self.options.relaxed)
-            return [one for one in candidates if one == written or (self.worth(conv, one, wanted) and self.offers(one))]
+            return [one for one in candidates if one == written or (self.worth(conv, one, near) and self.offers(one))]
 
         invariant = _invariant(self.jaxpr, self.frozen)
         return build_graph(self.jaxpr, enumerate_candidates, self.context, invariant, self.divided)
@@ -228,22 +227,22 @@ class Pipeline:
         """Whether it can be seen first that a candidate runs, where that has to be."""
         return not may_crash(candidate.lowering) or self.proofs.offers(candidate.lowering)
 
-    def worth(self, conv: ConvSignature, candidate: Candidate, wanted: Collection[Candidate]) -> bool:
+    def worth(self, conv: ConvSignature, candidate: Candidate, near: Collection[Candidate]) -> bool:
         """Whether a candidate is worth timing: not where a nearest plan does without, or where it was far from the best
         without the compiler options now on trial."""
         if self.without is not None:
             before = self.without.model.measurement(conv, candidate)
             return before is not None and before.status == "ok"
-        return not wanted or candidate in wanted
+        return not near or candidate in near
 
     def run(self) -> Outcome:
         """What comes of the stages under these compiler options: measured, solved, judged."""
         near = self.plans.nearest()
         graph = self.graph(near)
         missing = self.model.missing_convolutions(graph)
-        timed = self.measure("convolutions", missing)
+        timed = self.measure_into_table("convolutions", missing)
         self.complete = timed == len(missing)
-        timed += self.measure("other equations", self.model.missing_works(graph))
+        timed += self.measure_into_table("other equations", self.model.missing_works(graph))
         if timed and (stored := self.stored()) is not None:
             return stored  # another process was ahead with the same
 
@@ -291,14 +290,14 @@ class Pipeline:
         return anew if anew.kept and (anew.verdict.ratio or 1.0) > (same.verdict.ratio or 1.0) else same
 
     def solve_measured(self, graph: LayoutGraph, costs: CostModel) -> tuple[Plan, int]:
-        """Solve, measure the conversions in the plan, and solve again until all of them have been measured.
-        Those that no plan wants are never measured."""
+        """Solve, measure the conversions in the plan, and solve again until all of them have been measured. Gives the
+        plan, and how many were measured. Conversions that no plan wants never are."""
         measured = 0
         while True:
             self.progress.stage("solving")
             plan = solve(graph, costs.node_ns, costs.conversion_ns)
             plan = replace(plan, compiler_options=self.extra)
-            done = self.measure("conversions", costs.missing_conversions(plan))
+            done = self.measure_into_table("conversions", costs.missing_conversions(plan))
             if not done and not self.ruled_out(graph, plan):
                 return plan, measured
             measured += done
@@ -317,8 +316,8 @@ class Pipeline:
                 count += 1
         return count
 
-    def measure(self, what: str, jobs: Sequence[Job]) -> int:
-        """Time jobs into the table, inside the budget. Gives how many were."""
+    def measure_into_table(self, what: str, jobs: Sequence[Job]) -> int:
+        """Time jobs, inside the budget, and enter them into the table. Gives how many were."""
         if not jobs or self.options.on_miss == "heuristic" or self.out_of_time():
             return 0
         if self.options.on_miss == "error":
@@ -338,7 +337,7 @@ class Pipeline:
                 prove=self.proofs,
                 peaks=self.model.peaks(self.device, self.compiler_options),
                 turns=self.turns,
-                known=self.model.learned,
+                learned=self.model.learned,
             )
             done = len(jobs) - len(left) + self.keep(here)
         if done < len(jobs):
@@ -374,10 +373,10 @@ class Pipeline:
 
     def judge(self, plan: Plan) -> Verdict:
         """What the verifier says of the program under a plan."""
-        return self.verifier.verdict(plan, seen=self.complete)
+        return self.verifier.verdict(plan, all_measured=self.complete)
 
 
-def _check_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
+def _check_compiler_options(plan: Plan, known: Iterable[Mapping[str, str]]) -> None:
     """Raise ValueError for compiler options that no plan of ours asks for: some write files, or say what to run."""
     if plan.compiler_options not in ({}, *known):
         raise ValueError(f"the plan asks for compiler options that are not among ours: {dict(plan.compiler_options)}")

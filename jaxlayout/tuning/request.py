@@ -38,7 +38,7 @@ class TuningRequest:
     context: Context = "entry"
     compiler_options: CompilerOptions = None
     """The user's compiler options."""
-    choose_options: bool = False
+    choose_compiler_options: bool = False
     """Whether the plan may ask for compiler options beside those."""
     pinned: Plan | None = None
     """The plan, where the user has one."""
@@ -52,7 +52,7 @@ class TuningRequest:
 
     @property
     def folded(self) -> bool:
-        """Whether the program is more than the original written out."""
+        """Whether scales were folded into the program's kernels (`rewrite.fold`)."""
         return self.original is not self.jaxpr
 
     @property

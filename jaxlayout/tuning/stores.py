@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from jaxlayout.convs.candidates import Candidate
-from jaxlayout.graph.build import Path
 from jaxlayout.graph.program import ProgramKey
 from jaxlayout.measure.compiled import CompilerOptions, with_options
 from jaxlayout.measure.contained import Proofs, never
@@ -81,8 +80,8 @@ class PlanStore:
         sizes, payload = json.dumps(self.key.sizes), json.dumps(outcome.to_json())
         self.table.store_plan(self.environment, self.key.function, self.key.skeleton, sizes, payload)
 
-    def nearest(self) -> dict[Path, Candidate]:
-        """What the plan of the same program at the nearest sizes chose."""
+    def nearest(self) -> frozenset[Candidate]:
+        """The candidates that the plan of the same program at the nearest sizes chose; none if there is no such."""
 
         def distance(sizes: Sequence[int]) -> float:
             ratios = np.log(np.maximum(sizes, 1)) - np.log(np.maximum(self.key.sizes, 1))
@@ -95,9 +94,9 @@ class PlanStore:
             if len(json.loads(sizes)) == len(self.key.sizes) and (outcome := self._parsed(payload)) is not None
         ]
         if not found:
-            return {}
+            return frozenset()
         choices = min(found, key=lambda pair: pair[0])[1].plan.choices
-        return {path: mode.candidate for path, mode in choices.items() if mode.candidate is not None}
+        return frozenset(mode.candidate for mode in choices.values() if mode.candidate is not None)
 
     @property
     def place(self) -> tuple[Any, ...]:

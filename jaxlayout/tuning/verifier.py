@@ -42,13 +42,13 @@ class Verifier:
         other.original, other.trial_arguments, other.rival = self.original, self.trial_arguments, self.best
         return other
 
-    def verdict(self, plan: Plan, *, seen: bool) -> Verdict:
-        """Rewritten against original. `seen`: whether all that the plan may have chosen has been measured."""
+    def verdict(self, plan: Plan, *, all_measured: bool) -> Verdict:
+        """Rewritten against original. `all_measured`: whether all that the plan may have chosen has been measured."""
         request, unfit = self.request, self.request.not_to_be_run
         if plan.trivial and not request.folded:
             return Verdict(kept=False, reason="nothing is to be gained", cause="untried")
         if request.spans:  # to compile it may need the others, too
-            return self._untried(plan, unfit, seen)
+            return self._untried(plan, unfit, all_measured)
         request.progress.stage("judging")
         self.turns.pause()
         with Workers(1) as pool:  # beside the original, the first time
@@ -56,7 +56,7 @@ class Verifier:
             try:
                 before = self.original
             except NameError as error:  # of an axis bound outside: in a shard_map, in a vmap with a named axis
-                return self._untried(plan, f"it cannot stand alone: {error}", seen)
+                return self._untried(plan, f"it cannot stand alone: {error}", all_measured)
         try:
             after, split = compiling.result()
         except Exception as error:
@@ -80,7 +80,7 @@ class Verifier:
             first_run=partial(self.marker.on, "run for the first time"),
         )
         self.best = (after, verdict.ratio or 1.0) if verdict.kept else None
-        return self._untried(plan, unfit, seen) if unfit and verdict.kept else verdict
+        return self._untried(plan, unfit, all_measured) if unfit and verdict.kept else verdict
 
     @cached_property
     def accuracy(self) -> Sequence[Accuracy]:
@@ -122,10 +122,10 @@ class Verifier:
         compiled = compile_in(request.context, split.run, (*kept, *rest), self.compiler_options)
         return replace(compiled, takes=tuple(i for i, held in enumerate(request.frozen) if not held)), split
 
-    def _untried(self, plan: Plan, why: str, seen: bool) -> Verdict:
+    def _untried(self, plan: Plan, why: str, all_measured: bool) -> Verdict:
         """The verdict where the function is not run: the model alone decides, if all that the plan may have chosen has
         been seen to be right by itself."""
-        seen = seen or plan.trivial
-        kept = seen and (plan.predicted_ns < plan.written_ns or self.request.folded)
-        reason = f"not run on trial: {why}" + ("" if seen else ", and not all of it has been measured")
+        all_measured = all_measured or plan.trivial
+        kept = all_measured and (plan.predicted_ns < plan.written_ns or self.request.folded)
+        reason = f"not run on trial: {why}" + ("" if all_measured else ", and not all of it has been measured")
         return Verdict(kept=kept, reason=reason, cause="untried")

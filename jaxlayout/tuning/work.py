@@ -33,4 +33,5 @@ def work_job(work: Work, modes: Sequence[Mode]) -> Job:
         logical = [random_array(rng, value.shape, value.dtype) for value in work.operands]
         return lambda name: tuple(map(np.transpose, logical, by_id[name].operands)), None
 
-    return Job(work.key, {name: alternative(mode) for name, mode in by_id.items()}, inputs, context=work.context)
+    alternatives = {name: alternative(mode) for name, mode in by_id.items()}
+    return Job(key=work.key, alternatives=alternatives, inputs=inputs, context=work.context)

@@ -122,10 +122,10 @@ def accept(
         return Verdict(kept=False, cause="collectives", reason=reason, **seen)
     if args is None:
         return Verdict(kept=True, cause="untried", reason="not run", **seen)
-    expected, first = timed_call(partial(before, *args))
+    expected, original_ns = timed_call(partial(before, *args))
     try:
         with first_run():
-            found, second = timed_call(partial(after, *args))
+            found, tuned_ns = timed_call(partial(after, *args))
     except Exception as error:
         return Verdict(kept=False, cause="failure", reason=f"the rewritten function failed: {error!r}", **seen)
     compared = compare(before, args, expected, found, accuracy, relax)
@@ -134,9 +134,9 @@ def accept(
         return Verdict(kept=False, cause="numbers", reason=compared.reason, **seen)
     if not timed:
         return Verdict(kept=True, cause="untried", reason="timing was not asked for", **seen)
-    if second > max(WARM_NS, HOPELESS * first) and second > HOPELESS * timed_call(partial(before, *args))[1]:
-        reason = f"its first run took {second / first:.1f} times the original's"
-        return Verdict(kept=False, reason=reason, original_ns=first, tuned_ns=second, **seen)
+    if tuned_ns > max(WARM_NS, HOPELESS * original_ns) and tuned_ns > HOPELESS * timed_call(partial(before, *args))[1]:
+        reason = f"its first run took {tuned_ns / original_ns:.1f} times the original's"
+        return Verdict(kept=False, reason=reason, original_ns=original_ns, tuned_ns=tuned_ns, **seen)
     other, ahead = rival or (before, 1.0)
 
     def timed_run(program: Compiled) -> Any:

@@ -27,7 +27,7 @@ class Dot(Lowering):
     convolves = False
     any_kernel = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if not (conv.is_pointwise and not conv.is_grouped):
             return
         last, first = ConvLayout.channels_last(conv.rank), ConvLayout.channels_first(conv.rank)

@@ -42,7 +42,7 @@ class Fft(Lowering):
     relaxed = True
     any_kernel = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         known = all(isinstance(size, int) for size in (*conv.spatial, *conv.kernel))  # and not symbolic
         real = conv.lhs_dtype == conv.rhs_dtype == conv.out_dtype and conv.lhs_dtype in (np.float32, np.float64)
         if not (known and real and 1 <= conv.rank <= 3 and conv.in_features) or any(d != 1 for d in conv.lhs_dilation):
@@ -57,7 +57,7 @@ class Fft(Lowering):
             yield ConvDimensionNumbers(swapped, KernelLayout(f"IO{first.spatial}"), swapped)
         yield ConvDimensionNumbers.channels_first(conv.rank)
 
-    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+    def least_work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         return 0, conv.nbytes  # a product for each frequency, and the transforms
 
     def prepare(self, conv: ConvSignature, dims: ConvDimensionNumbers, rhs: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 from jax import lax
 
-from jaxlayout.convs.lowering import Composite, Convolve, usual_orders
+from jaxlayout.convs.lowering import Composite, Convolve, usual_dimension_numbers
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
@@ -26,12 +26,12 @@ class Groups(Composite):
 
     name = "groups"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         groups, depthwise = conv.feature_groups * conv.batch_groups, conv.in_features == conv.feature_groups
         single = conv.batch == conv.batch_groups if conv.batch_groups > 1 else depthwise
         if single or not 1 < groups <= MAX_GROUPS:
             return
-        yield from usual_orders(conv)
+        yield from usual_dimension_numbers(conv)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve

@@ -40,7 +40,7 @@ class Im2col(Lowering):
     version = 2
     rereads = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         grouped = conv.feature_groups != 1 or conv.batch_groups != 1
         if grouped or math.prod(conv.kernel) <= 1 or any(d != 1 for d in conv.lhs_dilation):
             return

@@ -28,7 +28,7 @@ class Materialised(Composite):
 
     name = "materialised"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         return ()
 
     def native(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> bool:

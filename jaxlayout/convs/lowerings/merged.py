@@ -6,7 +6,7 @@ from dataclasses import replace
 import jax
 from jax import lax
 
-from jaxlayout.convs.lowering import Composite, Convolve, usual_orders
+from jaxlayout.convs.lowering import Composite, Convolve, usual_dimension_numbers
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
@@ -30,9 +30,9 @@ class Merged(Composite):
     name = "merged"
     relaxed = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if conv.batch_groups == 1 and _merged(conv) > 1:
-            yield from usual_orders(conv)
+            yield from usual_dimension_numbers(conv)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import jax
 from jax import lax
 
-from jaxlayout.convs.lowering import Composite, Convolve, usual_orders
+from jaxlayout.convs.lowering import Composite, Convolve, usual_dimension_numbers
 from jaxlayout.convs.signature import ConvSignature
 from jaxlayout.layout import ConvDimensionNumbers
 
@@ -46,10 +46,10 @@ class Phases(Composite):
     name = "phases"
     version = 2
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if all(d == 1 for d in conv.lhs_dilation) or math.prod(map(len, _phases(conv))) > MAX_PHASES:
             return
-        yield from usual_orders(conv)
+        yield from usual_dimension_numbers(conv)
 
     def compose(
         self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, rhs: jax.Array, convolve: Convolve

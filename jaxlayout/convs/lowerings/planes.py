@@ -31,7 +31,7 @@ class Planes(Composite):
 
     name = "planes"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         if conv.rank != 3 or conv.lhs_dilation[0] != 1 or min(conv.kernel[0], conv.out_spatial[0]) > MAX_PLANES:
             return
         if not _few_positions(conv):

@@ -40,7 +40,7 @@ class Rows(Lowering):
     rereads = True
     batch_sequential = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         fits = conv.batch_groups > 1 and conv.rank > 0 and all(d == 1 for d in conv.lhs_dilation)
         if not (fits and conv.is_kernel_gradient and jnp.issubdtype(conv.lhs_dtype, np.number)):
             return

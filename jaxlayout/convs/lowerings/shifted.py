@@ -43,7 +43,7 @@ class Shifted(Lowering):
     any_kernel = True
     rereads = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         numeric = jnp.issubdtype(conv.lhs_dtype, np.number)
         depthwise = conv.kernel_features == conv.batch_groups == 1
         if not (numeric and depthwise and math.prod(conv.kernel) <= MAX_TAPS):

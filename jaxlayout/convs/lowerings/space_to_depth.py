@@ -32,7 +32,7 @@ class SpaceToDepth(Composite):
     name = "space_to_depth"
     relaxed = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         plain = not conv.is_grouped and conv.in_features <= MAX_FEATURES
         if not (plain and 1 <= conv.rank <= 3 and all(d == 1 for d in (*conv.lhs_dilation, *conv.rhs_dilation))):
             return

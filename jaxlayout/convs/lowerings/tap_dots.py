@@ -32,7 +32,7 @@ class TapDots(Lowering):
     convolves = False
     rereads = True
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         plain = not conv.is_grouped and all(d == 1 for d in conv.lhs_dilation)
         if not plain or min(math.prod(conv.kernel), math.prod(conv.out_spatial)) > MAX_DOTS or conv.is_pointwise:
             return

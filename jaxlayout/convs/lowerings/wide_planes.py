@@ -27,7 +27,7 @@ class WidePlanes(Composite):
 
     name = "wide_planes"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         plain = conv.rank == 3 and not conv.is_grouped and not conv.is_kernel_gradient
         if plain and conv.strides[0] == conv.lhs_dilation[0] == 1 and 2 <= conv.kernel[0] <= MAX_PLANES:
             yield ConvDimensionNumbers.channels_last(3)

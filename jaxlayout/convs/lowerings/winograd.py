@@ -45,7 +45,7 @@ class Winograd(Lowering):
     g: ClassVar[Matrix]
     a: ClassVar[Matrix]
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
         plain = not conv.is_grouped and conv.kernel == (3, 3)
         if not plain or any(n != 1 for n in (*conv.strides, *conv.lhs_dilation, *conv.rhs_dilation)):
             return
@@ -57,7 +57,7 @@ class Winograd(Lowering):
             return
         yield ConvDimensionNumbers.channels_last(2)
 
-    def work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
+    def least_work(self, conv: ConvSignature, dims: ConvDimensionNumbers) -> tuple[int, int]:
         tiles = math.prod(-(-size // self.tile) for size in conv.out_spatial)
         return conv.batch * tiles * (self.tile + 2) ** 2 * conv.in_features * conv.out_features, conv.nbytes
 

@@ -24,8 +24,8 @@ class Xla(Lowering):
 
     name = "xla"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        return () if conv.crosses else _orders(conv)
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+        return () if conv.crosses else _dimension_numbers(conv)
 
     def apply(self, conv: ConvSignature, dims: ConvDimensionNumbers, lhs: jax.Array, prepared: jax.Array) -> jax.Array:
         if any(conv.misread):
@@ -43,11 +43,11 @@ class Cropped(Xla):
 
     name = "cropped"
 
-    def orders(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
-        return _orders(conv) if conv.crosses else ()
+    def dimension_numbers(self, conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+        return _dimension_numbers(conv) if conv.crosses else ()
 
 
-def _orders(conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
+def _dimension_numbers(conv: ConvSignature) -> Iterable[ConvDimensionNumbers]:
     last = ConvLayout.channels_last(conv.rank)
     if conv.is_kernel_gradient:
         yield ConvDimensionNumbers.kernel_gradient(conv.rank)

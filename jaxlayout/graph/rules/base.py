@@ -80,7 +80,7 @@ class Body:
     times: float = 1.0
     """How often, each time the equation runs."""
     own_computation: bool = False
-    """Whether it is compiled as a computation of its own: a loop's body, a branch."""
+    """Whether it is compiled as a computation of its own: a loop's body, a branch; not a call, which XLA inlines."""
 
 
 @dataclass(frozen=True, slots=True)
