@@ -265,6 +265,9 @@ def check_the_guard():
     assert not collectives(plain) and not more_collectives(plain, plain) and not more_collectives(gathered, plain)
     assert collectives(gathered) == {"all-gather": (1, X.size * 32)}
     assert "all-gather" in more_collectives(plain, gathered)
+    less = jax.jit(lambda x: lax.with_sharding_constraint(jnp.tanh(x[..., :1]), ALL)).lower(HERE[1]).compile()
+    assert collectives(less) == {"all-gather": (1, X[..., :1].size * 32)}
+    assert "all-gather" in more_collectives(less, gathered) and not more_collectives(gathered, less)
 
     def gradient(k, x):
         return jax.grad(lambda k: jnp.tanh(conv(x, k, groups=8)).sum())(k)

@@ -50,6 +50,7 @@ WINDOW = {"padding": ((1, 1), (1, 1))}
 @example(signature((2, 0, 4, 3), (3, 3, 3, 4), **WINDOW))
 @example(signature((2, 9, 9, 6), (3, 3, 6, 4), lhs_dilation=(2, 3), padding=((1, 2), (1, 2))))  # phases of unequal size
 @example(signature((2, 9, 9, 6), (3, 3, 6, 4), lhs_dilation=(2, 3), rhs_dilation=(3, 2), strides=(2, 2)))
+@example(signature((2, 9, 9, 6), (3, 3, 6, 4), lhs_dilation=(2, 4), rhs_dilation=(2, 6)))  # phases of neighbouring taps
 @example(signature((2, 5, 5, 6), (1, 1, 6, 4), lhs_dilation=(2, 2)))  # phases that no tap reaches
 @example(signature((4, 8, 8, 3), (15, 15, 3, 6), lhs_dilation=(2, 2), padding=((1, 1), (1, 1))))
 @example(signature((1, 5, 6, 7, 4), (2, 3, 3, 4, 5), padding=((1, 1),) * 3, strides=(2, 1, 1), rhs_dilation=(2, 1, 1)))
