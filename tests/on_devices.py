@@ -141,6 +141,11 @@ def check_placements():
     for args in ((PARAMS, X), HERE[:2]):
         close(tuned(*args), jax.jit(net)(PARAMS, X))
     assert sizes() == {16, 4}, KEYS
+    # And divided otherwise on the same mesh, for which JAX does not trace anew.
+    stores.process_stores.tables.clear()
+    KEYS.clear()
+    close(tuned(HERE[0], jax.device_put(X, ALL)), jax.jit(net)(PARAMS, X))
+    assert sizes() == {16}, KEYS
 
 
 def check_explicit():
