@@ -22,9 +22,9 @@ def made_up(
     and its number. What can be done in one way only, as a transpose, costs nothing to speak of. The keys of the jobs
     are put into `asked`."""
 
-    def measure(jobs: Any, known: Callable[[Any], bool] = lambda job: False, **_: Any) -> Iterator[Any]:
+    def measure(jobs: Any, learned: Callable[[Any], bool] = lambda job: False, **_: Any) -> Iterator[Any]:
         for job in jobs:
-            if known(job):
+            if learned(job):
                 yield job, {}
                 continue
             if asked is not None:

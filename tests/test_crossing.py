@@ -192,7 +192,7 @@ def planted(**functions):
         arrays, error = job.inputs()
         return lambda n: arrays(alike(n)), lambda n, out: error(alike(n), out)
 
-    return replace(job, alternatives=ways, inputs=inputs, orders=None, form=lambda _: None, make=None)
+    return replace(job, alternatives=ways, inputs=inputs, dims=None, form=lambda _: None, make=None)
 
 
 def test_what_is_wrong_in_its_second_run_is_wrong():
