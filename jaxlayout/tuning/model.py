@@ -40,7 +40,7 @@ class CostModel:
     policy: LayoutPolicy
     context: Context = "entry"
     forbidden: frozenset[tuple[str, str]] = frozenset()
-    """Lowerings (signature key, name) ruled out for this program, for one, because of their memory."""
+    """Lowerings (signature key, name) ruled out for this program: because of their memory, say."""
     byte_ns: float = 0.0
     """Charged for each byte of temporary memory and of converted copies: they take room, and a copy is in the way of
     what would have fused."""
